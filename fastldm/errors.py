@@ -1,0 +1,45 @@
+"""The errors that fastldm raises on purpose. Each names the thing, its value and the choices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class Error(Exception):
+    """Base of every error that fastldm raises on purpose.
+
+    `field` names what is wrong: an argument ("height"), a configuration key ("unet/config.json: norm_num_groups")
+    or a tensor ("conv_in.weight"); it is None where nothing smaller than the message can be named.
+    """
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class ArgumentError(Error, ValueError):
+    """An argument of a call is missing, of the wrong type, out of range or at odds with another one."""
+
+
+class ConfigError(Error, ValueError):
+    """A configuration file has a value that is out of range or that fastldm does not support."""
+
+
+class FileError(Error, OSError):
+    """A file is missing, damaged, of another kind, or outside the model's folder."""
+
+
+class WeightsError(Error, ValueError):
+    """The tensors of a checkpoint do not fit the model: missing, left over, of another shape, or not finite."""
+
+
+class NonFiniteError(Error, ArithmeticError):
+    """A computation gave NaN or infinity, so that its result would be a black picture."""
+
+
+class Unsupported(Error, NotImplementedError):
+    """An implementation of an op does not serve these arguments; it never quietly becomes another one."""
+
+    def __init__(self, op: str, shape: Sequence[int], dtype: object, reason: str) -> None:
+        super().__init__(f"{op} of shape {tuple(shape)} and {dtype} is not supported: {reason}", field=op)
+        self.op, self.shape, self.dtype, self.reason = op, tuple(shape), dtype, reason
