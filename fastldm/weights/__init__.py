@@ -1,0 +1,1 @@
+"""From files to packed weights: what is on disk (`files`), under which names (`keymap`), into the model (`load`)."""

@@ -1,0 +1,354 @@
+"""What is on disk, safely: a model's folder, its JSON and its tensors, and nothing outside of it.
+
+Every file is opened once, must be a regular file inside the model's folder (links of the hub's cache aside),
+and is read by `pread` into memory of our own: a file that shrinks later is an error and never a crash.
+Nothing here unpickles, imports or runs what a model's folder holds.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastldm.errors import FileError
+from fastldm.weights.header import Header, TensorInfo, read_header, shown, strict_json
+
+MAX_FILE = 64 << 30
+MAX_SHARDS = 256
+MAX_JSON = 1 << 20
+JSON_DEPTH = 32
+READ_CHUNK = 1 << 30  # one preadv moves less than 2 GiB
+STEMS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_HUB_ADVICE = {
+    "GatedRepoError": "it is gated: accept its terms on the hub, then pass token= or run `hf auth login`",
+    "RepositoryNotFoundError": "the hub has no such model, or it is private: check the name, or pass token=",
+    "RevisionNotFoundError": "it has no such revision: check revision=",
+}
+_VARIANT = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
+_PART = re.compile(r"[A-Za-z0-9_][\w.+ -]{0,254}", re.ASCII)
+_NOT_BLOCKING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a FIFO would wait for its writer
+
+
+def open_model(
+    path_or_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+) -> ModelFolder:
+    """The folder of a pipeline: one on disk, or a model of the hub ("owner/name"), through the hub's cache.
+
+    Raises `FileError` naming the folder or id and what to do, if it is in neither place.
+    """
+    if variant is not None and not _VARIANT.fullmatch(variant):
+        raise FileError(f"variant = {shown(variant)} must be a plain word such as 'fp16'", field="variant")
+    name = os.fspath(path_or_id)
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        return ModelFolder(path, variant)
+    if os.path.lexists(path):
+        raise FileError(
+            f"{name} is not a folder; the folder with model_index.json is expected", field="model"
+        )
+    if not _HUB_ID.fullmatch(name) or ".." in name:
+        reason = "is neither a folder nor a model id of the form 'owner/name'"
+        raise FileError(f"{shown(name)} {reason}", field="model")
+    return ModelFolder(_fetch(name, revision, variant, cache_dir, local_files_only, token), variant)
+
+
+class ModelFolder:
+    """A model's folder. Names are relative to it, parts joined by "/"; nothing outside of it is ever opened.
+
+    Raises `FileError` naming the file where one is missing, damaged, too large, not regular, or leads out.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], variant: str | None = None) -> None:
+        self.root = Path(os.path.realpath(root))
+        self.variant = variant
+        self._places = (self.root, *_hub_blobs(self.root))
+
+    def has(self, relative: str) -> bool:
+        """Whether there is a file or folder of that name, readable or not."""
+        return os.path.lexists(self._named(relative))
+
+    def path(self, relative: str) -> Path:
+        """The checked place of a file or folder, for libraries that open files themselves."""
+        named = self._named(relative)
+        real = Path(os.path.realpath(named))
+        if not any(real.is_relative_to(place) for place in self._places):
+            raise FileError(
+                f"{named} is a link that leads out of the model's folder: put the file itself there"
+            )
+        return real
+
+    def open(self, relative: str) -> File:
+        """The file, open for reading; the caller closes it."""
+        return File(self.path(relative), str(self._named(relative)))
+
+    def read_json(self, relative: str) -> dict[str, Any]:
+        """One JSON object of at most 1 MiB, read strictly (see `strict_json`)."""
+        with self.open(relative) as file:
+            if file.size > MAX_JSON:
+                raise FileError(f"{file.where} has {file.size} bytes; at most {MAX_JSON} are allowed")
+            return strict_json(file.read(file.size, 0), file.where, JSON_DEPTH)
+
+    def tensors(self, component: str, stem: str | None = None) -> TensorFiles:
+        """The weights of a component ("unet"): one file, or the shards that an index lists.
+
+        `stem` is the name of the weights without variant and extension; None: the usual one of the component.
+        """
+        if stem is None:
+            if component not in STEMS:
+                raise FileError(f"{shown(component)} has no usual file name; known: {', '.join(STEMS)}")
+            stem = STEMS[component]
+        single, *indexes = (f"{component}/{name}" for name in _weight_names(stem, self.variant))
+        if self.has(single):
+            return TensorFiles(str(self._named(single)), [self.open(single)])
+        for index in indexes:
+            if self.has(index):
+                return self._sharded(component, index)
+        raise self._no_weights(component, stem)
+
+    def _named(self, relative: str) -> Path:
+        return self.root.joinpath(*_parts(relative, str(self.root)))
+
+    def _sharded(self, component: str, index: str) -> TensorFiles:
+        where = str(self._named(index))
+        weight_map = self.read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise FileError(f"{where}: weight_map must map the tensors' names to file names")
+        listed: dict[str, set[str]] = {}
+        for name, shard in weight_map.items():
+            if not isinstance(shard, str) or not _PART.fullmatch(shard):
+                raise FileError(
+                    f"{where}: {shown(name)}: {shown(shard)} is not a plain file name", field=name
+                )
+            listed.setdefault(shard, set()).add(name)
+        if len(listed) > MAX_SHARDS:
+            raise FileError(f"{where}: lists {len(listed)} files; at most {MAX_SHARDS} are allowed")
+        return TensorFiles(where, (self.open(f"{component}/{shard}") for shard in listed), [*listed.values()])
+
+    def _no_weights(self, component: str, stem: str) -> FileError:
+        folder = self.path(component)
+        if not folder.is_dir():
+            return FileError(f"{self.root} has no folder {shown(component)}")
+        names = os.listdir(folder)
+        variants = _variants(names, stem)
+        if variants:
+            wanted = f"variant {shown(self.variant)}" if self.variant else "weights without a variant"
+            found = ", ".join(shown(v) if v else "none" for v in variants)
+            return FileError(f"{folder} has no {wanted}; variants here: {found}", field="variant")
+        if any(name.endswith(PICKLES) for name in names):
+            danger = "which can run code: convert them to safetensors"
+            return FileError(f"{folder} has only pickled weights, {danger}")
+        return FileError(f"{folder / _weight_names(stem, self.variant)[0]} is missing")
+
+
+class File:
+    """A regular file, open for reading at any place; `where` is its name in messages."""
+
+    def __init__(self, path: Path, where: str) -> None:
+        self.where = where
+        try:
+            self._fd = os.open(path, _NOT_BLOCKING)
+        except FileNotFoundError:
+            raise FileError(f"{where} is missing") from None
+        except (OSError, ValueError) as error:
+            raise FileError(f"{where} cannot be opened: {error}") from None
+        status = os.fstat(self._fd)
+        self.size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            self.close()
+            raise FileError(f"{where} is not a regular file ({stat.filemode(status.st_mode)})")
+        if self.size > MAX_FILE:
+            self.close()
+            raise FileError(f"{where} has {self.size} bytes; at most {MAX_FILE} are allowed")
+
+    def read(self, length: int, offset: int) -> bytes:
+        """Up to `length` bytes from `offset`; fewer at the end of the file."""
+        buffer = bytearray(length)
+        return bytes(buffer[: self.read_into(memoryview(buffer), offset)])
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        """Fills `buffer` from `offset`; returns how many bytes there were."""
+        done = 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(self._fd, [buffer[done : done + READ_CHUNK]], offset + done)
+            except OSError as error:
+                raise FileError(f"{self.where} cannot be read: {error}") from None
+            if count == 0:
+                break
+            done += count
+        return done
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> File:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class TensorFiles:
+    """The tensors of one or several safetensors files, read one by one into memory of their own.
+
+    `where` names the file, or the index of several; `infos` describes all tensors, `metadata` is free text.
+    `listed`: the names that an index expects in each file. A `with` block closes the files.
+    Raises `FileError` naming file and tensor.
+    """
+
+    def __init__(self, where: str, files: Iterable[File], listed: list[set[str]] | None = None) -> None:
+        self.where = where
+        self.infos: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
+        self._files: list[File] = []
+        self._places: dict[str, tuple[File, int]] = {}
+        try:
+            for i, file in enumerate(files):
+                self._files.append(file)
+                header = read_header(file.read, file.size, file.where)
+                if listed is not None:
+                    _check_listed(header, listed[i], file.where)
+                self._add(file, header)
+        except BaseException:
+            self.close()
+            raise
+
+    def _add(self, file: File, header: Header) -> None:
+        self.infos |= header.tensors
+        self.metadata |= header.metadata
+        for name, info in header.tensors.items():
+            self._places[name] = file, header.data_offset + info.start
+
+    def read(self, name: str) -> torch.Tensor:
+        """A copy of the tensor on the CPU, in the dtype of the file."""
+        if name not in self.infos:
+            raise FileError(f"{self.where} has no tensor {shown(name)}", field=name)
+        info, (file, offset) = self.infos[name], self._places[name]
+        data = torch.empty(info.nbytes, dtype=torch.uint8, device="cpu")
+        present = file.read_into(data.numpy().data, offset)
+        if present != info.nbytes:
+            cut = f"was cut while open: {info.nbytes} bytes expected, {present} present"
+            raise FileError(f"{file.where}: tensor {shown(name)}: {cut}", field=name)
+        return (data.ne(0) if info.dtype is torch.bool else data.view(info.dtype)).view(info.shape)
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> TensorFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_file(path: str | os.PathLike[str]) -> TensorFiles:
+    """The tensors of one safetensors file, whatever its name. Raises `FileError` naming it."""
+    where = os.fspath(path)
+    return TensorFiles(where, [File(Path(os.path.realpath(path)), where)])
+
+
+def _check_listed(header: Header, listed: set[str], where: str) -> None:
+    for name in sorted(listed ^ header.tensors.keys()):
+        reason = (
+            "is not in it, but the index says so"
+            if name in listed
+            else "is in it, but the index says otherwise"
+        )
+        raise FileError(f"{where}: tensor {shown(name)} {reason}", field=name)
+
+
+def _parts(relative: str, where: str) -> list[str]:
+    parts = relative.split("/")
+    if not all(_PART.fullmatch(part) for part in parts):
+        raise FileError(f"{where}: {shown(relative)} is not a plain name inside the model's folder")
+    return parts
+
+
+def _hub_blobs(root: Path) -> list[Path]:
+    """Where the links of a snapshot in the hub's cache, models--owner--name/snapshots/<revision>/, lead."""
+    for place in (root, *root.parents):
+        if place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--"):
+            return [Path(os.path.realpath(place.parent.parent / "blobs"))]
+    return []
+
+
+def _weight_names(stem: str, variant: str | None) -> list[str]:
+    """The file name of a component's weights, then those of their index: as now written, formerly, by hand"""
+    if variant is None:
+        return [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
+    return [
+        f"{stem}.{variant}.safetensors",
+        f"{stem}.safetensors.index.{variant}.json",
+        f"{stem}.safetensors.{variant}.index.json",
+        f"{stem}.{variant}.safetensors.index.json",
+    ]
+
+
+def _variants(names: Iterable[str], stem: str) -> list[str]:
+    """The variants whose weights are among the file names; "" stands for weights without one."""
+    word = r"(?:\.(?!index)([\w-]+?))?"
+    pattern = re.compile(rf"{stem}{word}\.safetensors(?:{word}\.index{word}\.json)?", re.ASCII)
+    groups = [m.groups() for m in map(pattern.fullmatch, names) if m]
+    return sorted({next(filter(None, found), "") for found in groups if "-of-" not in str(found[0])})
+
+
+def _hub_patterns(variant: str | None) -> list[str]:
+    """What a pipeline needs of a model on the hub, and not its other variants and formats."""
+    patterns = ["model_index.json", "scheduler/scheduler_config.json"]
+    patterns += [f"{folder}/*{kind}" for folder in TOKENIZERS for kind in (".json", ".txt")]
+    word = f".{variant}" if variant else ""
+    for folder, stem in STEMS.items():
+        shards = [f"{stem}{word}-?????-of-?????.safetensors", f"{stem}-?????-of-?????{word}.safetensors"]
+        patterns += [f"{folder}/{name}" for name in ("config.json", *_weight_names(stem, variant), *shards)]
+    return patterns
+
+
+def _fetch(
+    name: str,
+    revision: str | None,
+    variant: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    local_files_only: bool,
+    token: str | bool | None,
+) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=os.fspath(cache_dir) if cache_dir else None,
+            allow_patterns=_hub_patterns(variant),
+            local_files_only=local_files_only,
+            token=token,
+        )
+    except Exception as error:  # the client lets errors of its HTTP library through, which differ by version
+        kind = type(error).__name__
+        advice = _HUB_ADVICE.get(kind, "connect to the network, or pass the path of a folder that holds it")
+        asked = f"revision {shown(revision)} of {name}" if revision else name
+        reason = f"is no folder here, not complete in the hub's cache, and was not fetched ({kind})"
+        raise FileError(f"{asked} {reason}: {advice}", field="model") from error
+    return Path(folder)
