@@ -199,9 +199,7 @@ def unet_config(data: Mapping[str, Any], where: str = "unet/config.json") -> UNe
         ),
         up=tuple(
             Level(c, k + 1, d if UNET_UP[t] else 0, h)
-            for c, k, d, h, t in zip(
-                channels[::-1], layers[::-1], depths[::-1], heads[::-1], up_types, strict=True
-            )
+            for c, k, d, h, t in zip(channels[::-1], layers[::-1], depths[::-1], heads[::-1], up_types, strict=True)
         ),
         mid_depth=depths[-1] if has_mid else None,
         context_dim=r.integers("cross_attention_dim", 1, MAX_CHANNELS, 1, (1280,))[0],
@@ -394,7 +392,7 @@ def text_config(data: Mapping[str, Any], where: str = "text_encoder/config.json"
     )
     if config.width % config.heads:
         raise r.fail("num_attention_heads", f"must divide hidden_size = {config.width}")
-    # Training and generation settings that transformers writes beside the model; none changes what the encoder computes.
+    # No r.done(): transformers writes training and generation settings beside the model; the encoder has none of them.
     return config
 
 

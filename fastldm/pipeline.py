@@ -161,9 +161,7 @@ class Pipeline:
     def _draw(self, request: Request) -> Tensor:
         geometry = self._geometry()
         size = (request.height // geometry.factor, request.width // geometry.factor)
-        return noise.draw(
-            (request.batch, geometry.channels, *size), request.generator, device=self._engine.device
-        )
+        return noise.draw((request.batch, geometry.channels, *size), request.generator, device=self._engine.device)
 
 
 def _guidance(request: Request, rows: int) -> Guidance:
@@ -182,7 +180,8 @@ def _check_index(folder: ModelFolder) -> None:
     name = index.get("_class_name")
     if name not in PIPELINES:
         raise ConfigError(
-            f"{where}: _class_name = {name!r} is not supported; supported: {', '.join(PIPELINES)}", field="_class_name"
+            f"{where}: _class_name = {name!r} is not supported; supported: {', '.join(PIPELINES)}",
+            field="_class_name",
         )
     for key, value in index.items():
         given = isinstance(value, list) and value[:1] != [None]
@@ -213,7 +212,12 @@ def _check_together(unet: config.UNetConfig, vae: config.VAEConfig, text: config
     pairs = (
         ("cross_attention_dim", unet.context_dim, "the text encoder's hidden_size", text.width),
         ("out_channels", unet.out_channels, "the VAE's latent_channels", vae.latent_channels),
-        ("in_channels", unet.in_channels, "out_channels: text to image takes nothing else", unet.out_channels),
+        (
+            "in_channels",
+            unet.in_channels,
+            "out_channels: text to image takes nothing else",
+            unet.out_channels,
+        ),
     )
     for key, value, other, expected in pairs:
         if value != expected:

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastldm import ops
 from fastldm.config import TextConfig
-from fastldm.model.layers import LayerNorm, Linear, SelfAttention, _empty
+from fastldm.model.layers import LayerNorm, Linear, SelfAttention, empty
 
 LEGACY_EOS = 2  # many hub configs say eos_token_id = 2; there the end of the text is where the largest id stands
 
@@ -24,13 +23,19 @@ class TextStates(NamedTuple):
     pooled: Tensor
 
 
+class Table(nn.Module):
+    """weight (rows, width)."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.weight = empty(rows, width)
+
+
 class Embeddings(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.token_embedding = nn.Module()
-        self.token_embedding.weight = _empty(config.vocab_size, config.width)
-        self.position_embedding = nn.Module()
-        self.position_embedding.weight = _empty(config.positions, config.width)
+        self.token_embedding = Table(config.vocab_size, config.width)
+        self.position_embedding = Table(config.positions, config.width)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.token_embedding.weight[ids] + self.position_embedding.weight[: ids.shape[-1]]
@@ -47,7 +52,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = self.self_attn(self.layer_norm1(x), residual=x, mask=mask)
-        return self.fc2(self.fc1(self.layer_norm2(x), act=self.act), residual=x)  # type: ignore[no-any-return]
+        return self.fc2(self.fc1(self.layer_norm2(x), act=self.act), residual=x)
 
 
 class TextEncoder(nn.Module):
@@ -77,16 +82,14 @@ class TextEncoder(nn.Module):
         x = self.embeddings(ids)
         length = ids.shape[1]
         mask = torch.full((length, length), -torch.inf, dtype=x.dtype, device=x.device).triu(1)
-        for i, layer in enumerate(self.layers):
-            if i == len(self.layers) - skip:
-                states = x
-            x = layer(x, mask)
-        last = self.final_layer_norm(x)
-        if skip:
-            states = self.final_layer_norm(states) if final_norm else states
-        else:
-            states = last if final_norm else x
-        return TextStates(states, self._pooled(last, ids))
+        hidden = [x]
+        for layer in self.layers:
+            hidden.append(layer(hidden[-1], mask))
+        states = hidden[-1 - skip]
+        return TextStates(
+            self.final_layer_norm(states) if final_norm else states,
+            self._pooled(self.final_layer_norm(hidden[-1]), ids),
+        )
 
     def _pooled(self, last: Tensor, ids: Tensor) -> Tensor:
         eos = self.config.eos_token_id

@@ -27,7 +27,7 @@ class Map(NamedTuple):
     stats: ops.Stats | None = None
 
 
-def _empty(*shape: int) -> nn.Parameter:
+def empty(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape), requires_grad=False)
 
 
@@ -39,8 +39,8 @@ class Linear(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, *, bias: bool = True, parts: Parts | None = None) -> None:
         super().__init__()
-        self.weight = _empty(c_out, c_in)
-        self.bias = _empty(c_out) if bias else None
+        self.weight = empty(c_out, c_in)
+        self.bias = empty(c_out) if bias else None
         self.parts = parts
 
     @classmethod
@@ -56,8 +56,8 @@ class Conv2d(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, kernel: int) -> None:
         super().__init__()
-        self.weight = _empty(c_out, c_in, kernel, kernel)
-        self.bias = _empty(c_out)
+        self.weight = empty(c_out, c_in, kernel, kernel)
+        self.bias = empty(c_out)
 
     def forward(
         self,
@@ -90,7 +90,7 @@ class GroupNorm(nn.Module):
 
     def __init__(self, channels: int, groups: int, eps: float) -> None:
         super().__init__()
-        self.weight, self.bias = _empty(channels), _empty(channels)
+        self.weight, self.bias = empty(channels), empty(channels)
         self.groups, self.eps = groups, eps
 
     def forward(self, h: Map, skip: Map | None = None, *, act: ops.Activation | None = None) -> Map:
@@ -103,7 +103,7 @@ class LayerNorm(nn.Module):
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.weight, self.bias = _empty(channels), _empty(channels)
+        self.weight, self.bias = empty(channels), empty(channels)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,8 +131,7 @@ class ResBlock(nn.Module):
         shift = None if modulation is None or self.columns is None else modulation[:, self.columns]
         y = self.conv1(self.norm1(h, skip, act="silu"), shift=shift)
         residual = self.conv_shortcut(h, skip).x if self.conv_shortcut else h.x
-        out: Map = self.conv2(self.norm2(y, act="silu"), residual=residual)
-        return out
+        return self.conv2(self.norm2(y, act="silu"), residual=residual)
 
 
 class Downsample(nn.Module):
@@ -141,8 +140,7 @@ class Downsample(nn.Module):
         self.conv, self.pad = Conv2d(channels, channels, 3), pad
 
     def forward(self, h: Map) -> Map:
-        out: Map = self.conv(h, stride=2, pad=self.pad)
-        return out
+        return self.conv(h, stride=2, pad=self.pad)
 
 
 class Upsample(nn.Module):
@@ -151,8 +149,7 @@ class Upsample(nn.Module):
         self.conv = Conv2d(channels, channels, 3)
 
     def forward(self, h: Map, size: tuple[int, int]) -> Map:
-        out: Map = self.conv(h, upsample=size)
-        return out
+        return self.conv(h, upsample=size)
 
 
 # ------------------------------------------------------------------------------------------------------- attention
@@ -162,7 +159,12 @@ class SelfAttention(nn.Module):
     """Multi-head attention of (B, L, C) with itself. `names`: the checkpoint's names of q, k and v."""
 
     def __init__(
-        self, channels: int, heads: int, *, bias: bool = False, names: Sequence[str] = ("to_q", "to_k", "to_v")
+        self,
+        channels: int,
+        heads: int,
+        *,
+        bias: bool = False,
+        names: Sequence[str] = ("to_q", "to_k", "to_v"),
     ) -> None:
         super().__init__()
         self.heads = heads
@@ -171,8 +173,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, *, residual: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(dim=-3)
-        out: Tensor = self.to_out(ops.attention(q, k, v, mask=mask).flatten(-2), residual=residual)
-        return out
+        return self.to_out(ops.attention(q, k, v, mask=mask).flatten(-2), residual=residual)
 
 
 class CrossAttention(nn.Module):
@@ -187,20 +188,30 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context, *, residual: Tensor) -> Tensor:
         q = self.to_q(x).unflatten(-1, (self.heads, -1))
-        outputs = [ops.attention(q, k, v) if s is None else s * ops.attention(q, k, v) for k, v, s in context[self.layer]]
-        out: Tensor = self.to_out(sum(outputs[1:], start=outputs[0]).flatten(-2), residual=residual)
-        return out
+        outputs = [
+            ops.attention(q, k, v) if s is None else s * ops.attention(q, k, v) for k, v, s in context[self.layer]
+        ]
+        return self.to_out(sum(outputs[1:], start=outputs[0]).flatten(-2), residual=residual)
+
+
+class GEGLU(nn.Module):
+    """weight (2 c_out, c_in), bias (2 c_out,): value, then gate."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.weight, self.bias = empty(2 * c_out, c_in), empty(2 * c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.geglu(x, self.weight, self.bias)
 
 
 class FeedForward(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.up = Linear(channels, 8 * channels)  # value and gate
-        self.down = Linear(4 * channels, channels)
+        self.up, self.down = GEGLU(channels, 4 * channels), Linear(4 * channels, channels)
 
     def forward(self, x: Tensor, *, residual: Tensor) -> Tensor:
-        out: Tensor = self.down(ops.geglu(x, self.up.weight, self.up.bias), residual=residual)
-        return out
+        return self.down(self.up(x), residual=residual)
 
 
 class TransformerBlock(nn.Module):
@@ -213,7 +224,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         x = self.attn1(self.norm1(x), residual=x)
         x = self.attn2(self.norm2(x), context, residual=x)
-        return self.ff(self.norm3(x), residual=x)  # type: ignore[no-any-return]
+        return self.ff(self.norm3(x), residual=x)
 
 
 class SpatialTransformer(nn.Module):

@@ -75,7 +75,7 @@ class UNet(nn.Module):
         self.time_projections = Linear.packed(self.config.time_dim, parts, bias=True)
 
     def _pack_context_projections(self) -> None:
-        self.cross_attentions = []
+        self.cross_attentions: list[tuple[int, int]] = []  # channels and heads of each, in the context's order
         parts = []
         for name, layer in self.named_modules():
             if isinstance(layer, CrossAttention):
@@ -105,8 +105,7 @@ class UNet(nn.Module):
             if added is None:
                 raise ValueError("this U-Net needs `added`: a pooled text embedding and the sizes")
             embedding = embedding + self._added_embedding(added)
-        out: Tensor = self.time_projections(F.silu(embedding))
-        return out
+        return self.time_projections(F.silu(embedding))
 
     def _added_embedding(self, added: Added) -> Tensor:
         c, e = self.config, self.add_embedding
@@ -117,8 +116,7 @@ class UNet(nn.Module):
         )
         condition = F.pad(added.text, (0, waves[0].numel())).clone()
         condition[:, added.text.shape[1] :] = waves.flatten(1)
-        out: Tensor = e.linear_2(e.linear_1(condition, act="silu"))
-        return out
+        return e.linear_2(e.linear_1(condition, act="silu"))
 
     def context(self, states: Tensor) -> Context:
         """Keys and values of every cross-attention layer: states (B, L, context_dim) -> views of one projection."""
@@ -153,8 +151,7 @@ class UNet(nn.Module):
             h = Map(h.x + residuals[-1])
         for block in self.up_blocks:
             h = block(h, modulation, context, skips)
-        out: Tensor = self.conv_out(self.conv_norm_out(h, act="silu")).x
-        return out
+        return self.conv_out(self.conv_norm_out(h, act="silu")).x
 
 
 class DownBlock(nn.Module):
@@ -186,13 +183,11 @@ class MidBlock(nn.Module):
 
     def forward(self, h: Map, modulation: Tensor, context: Context) -> Map:
         h = self.attentions[0](self.resnets[0](h, None, modulation), context)
-        return self.resnets[1](h, None, modulation)  # type: ignore[no-any-return]
+        return self.resnets[1](h, None, modulation)
 
 
 class UpBlock(nn.Module):
-    def __init__(
-        self, c_in: int, skips: Sequence[int], level: Level, config: UNetConfig, *, upsample: bool
-    ) -> None:
+    def __init__(self, c_in: int, skips: Sequence[int], level: Level, config: UNetConfig, *, upsample: bool) -> None:
         super().__init__()
         ins = [c + skip for c, skip in zip([c_in] + [level.channels] * (level.layers - 1), skips, strict=True)]
         self.resnets = nn.ModuleList(ResBlock(c, level.channels, config.groups, config.eps) for c in ins)

@@ -67,13 +67,11 @@ class AutoencoderKL(nn.Module):
 
     def _moments(self, image: Tensor) -> Tensor:
         h = self.encoder(Map(image))
-        out: Tensor = (self.quant_conv(h) if self.quant_conv else h).x
-        return out
+        return (self.quant_conv(h) if self.quant_conv else h).x
 
     def _image(self, z: Tensor) -> Tensor:
         h = Map(z)
-        out: Tensor = self.decoder(self.post_quant_conv(h) if self.post_quant_conv else h).x
-        return out
+        return self.decoder(self.post_quant_conv(h) if self.post_quant_conv else h).x
 
 
 def _by_sample(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -97,7 +95,7 @@ class Encoder(nn.Module):
         h = self.conv_in(h)
         for stage in (*self.down_blocks, self.mid_block):
             h = stage(h)
-        return self.conv_out(self.conv_norm_out(h, act="silu"))  # type: ignore[no-any-return]
+        return self.conv_out(self.conv_norm_out(h, act="silu"))
 
 
 class Decoder(nn.Module):
@@ -117,15 +115,13 @@ class Decoder(nn.Module):
         h = self.conv_in(h)
         for stage in (self.mid_block, *self.up_blocks):
             h = stage(h)
-        return self.conv_out(self.conv_norm_out(h, act="silu"))  # type: ignore[no-any-return]
+        return self.conv_out(self.conv_norm_out(h, act="silu"))
 
 
 class Stage(nn.Module):
     """The residual blocks of one resolution and the way to the next."""
 
-    def __init__(
-        self, c_in: int, c_out: int, layers: int, groups: int, resample: Downsample | Upsample | None
-    ) -> None:
+    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, resample: Downsample | Upsample | None) -> None:
         super().__init__()
         ins = [c_in] + [c_out] * (layers - 1)
         self.resnets = nn.ModuleList(ResBlock(c, c_out, groups, EPS) for c in ins)
@@ -154,7 +150,7 @@ class Middle(nn.Module):
         h = self.resnets[0](h)
         for attention in self.attentions:
             h = attention(h)
-        return self.resnets[1](h)  # type: ignore[no-any-return]
+        return self.resnets[1](h)
 
 
 class _Tiles:

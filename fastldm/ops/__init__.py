@@ -125,8 +125,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ma
     scale: 1/sqrt(D) where None. mask: additive, broadcastable to (B, H, Lq, Lk), −inf allowed (not for a whole row).
     -> (B, Lq, H, D), contiguous.
     """
-    out: Tensor = _call("attention")(q, k, v, scale=scale, mask=mask)
-    return out
+    return _call("attention")(q, k, v, scale=scale, mask=mask)
 
 
 def group_norm(
@@ -146,8 +145,7 @@ def group_norm(
     stats: what is known already: of x, or with x2 a pair, each None where it must be computed. act: None or "silu".
     -> (N, C + C2, H, W), channels_last.                                         Wu & He, arXiv 1803.08494.
     """
-    out: Tensor = _call("group_norm")(x, w, b, groups, eps, x2=x2, act=act, stats=stats)
-    return out
+    return _call("group_norm")(x, w, b, groups, eps, x2=x2, act=act, stats=stats)
 
 
 @overload
@@ -161,20 +159,23 @@ def layer_norm(
 
     x, residual: (..., C); w, b: (C,). -> like x.                            Ba, Kiros & Hinton, arXiv 1607.06450.
     """
-    out: Tensor | tuple[Tensor, Tensor] = _call("layer_norm")(x, w, b, eps, residual=residual)
-    return out
+    return _call("layer_norm")(x, w, b, eps, residual=residual)
 
 
 def linear(
-    x: Tensor, w: Tensor, b: Tensor | None = None, *, act: Activation | None = None, residual: Tensor | None = None
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None = None,
+    *,
+    act: Activation | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """act(x wᵀ + b) + residual.
 
     x: (..., K); w: (N, K); b: (N,); residual: (..., N). -> (..., N). "gelu" is the exact one (erf),
     quick_gelu(x) = x · sigmoid(1.702 x).
     """
-    out: Tensor = _call("linear")(x, w, b, act=act, residual=residual)
-    return out
+    return _call("linear")(x, w, b, act=act, residual=residual)
 
 
 def geglu(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -182,8 +183,7 @@ def geglu(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
 
     x: (..., K); w: (2 F, K), the value's rows first; b: (2 F,). -> (..., F).            Shazeer, arXiv 2002.05202.
     """
-    out: Tensor = _call("geglu")(x, w, b)
-    return out
+    return _call("geglu")(x, w, b)
 
 
 def conv2d(
@@ -211,7 +211,7 @@ def conv2d(
     the current context says that they are not free.
     """
     want = want_stats and _selection.get().want_stats
-    out: tuple[Tensor, Stats | None] = _call("conv2d")(
+    return _call("conv2d")(
         x,
         w,
         b,
@@ -224,7 +224,6 @@ def conv2d(
         w_phases=w_phases,
         want_stats=want,
     )
-    return out
 
 
 def timestep_embedding(
@@ -242,8 +241,7 @@ def timestep_embedding(
     t: (...,) float32 or float64. flip: cosines first. An odd dim ends in a zero. w: (O, dim); b: (O,).
     -> (..., dim) in t's dtype, or (..., O) in w's.                    Vaswani et al., arXiv 1706.03762, section 3.5.
     """
-    out: Tensor = _call("timestep_embedding")(t, dim, flip=flip, shift=shift, w=w, b=b, act=act)
-    return out
+    return _call("timestep_embedding")(t, dim, flip=flip, shift=shift, w=w, b=b, act=act)
 
 
 def begin_row(

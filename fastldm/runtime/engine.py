@@ -55,7 +55,7 @@ class Engine:
     def encode_text(self, ids: Tensor, *, clip_skip: int = 0) -> Tensor:
         """ids: (B, L) -> the last hidden states (B, L, width), `clip_skip` layers earlier, normalised."""
         with self._using():
-            return self.text_encoder(ids.to(self.device), skip=clip_skip).states  # type: ignore[no-any-return]
+            return self.text_encoder(ids.to(self.device), skip=clip_skip).states
 
     def sample(self, job: Job) -> Iterator[Tensor]:
         """Runs the job on buffers of its own; yields the latents after every step, (B, C, H, W) float32, a view.
@@ -83,7 +83,8 @@ class Engine:
             yield plan.state[0]
         if not bool(torch.isfinite(plan.state[0]).all()):
             raise NonFiniteError(
-                f"the latents are not finite after the last step in {self.dtype}; try a wider dtype", field="latents"
+                f"the latents are not finite after the last step in {self.dtype}; try a wider dtype",
+                field="latents",
             )
 
     def decode(self, latents: Tensor, *, slicing: bool = False, tiling: bool = False) -> Tensor:
@@ -103,9 +104,7 @@ class Engine:
         """image: (B, 3, H, W) in −1..1 -> the posterior of z, not yet scaled."""
         weight = self.vae.encoder.conv_in.weight
         with self._using():
-            return self.vae.encode(
-                image.to(weight, memory_format=torch.channels_last), slicing=slicing, tiling=tiling
-            )
+            return self.vae.encode(image.to(weight, memory_format=torch.channels_last), slicing=slicing, tiling=tiling)
 
     def _using(self) -> AbstractContextManager[object]:
         return ops.using(self.backend)

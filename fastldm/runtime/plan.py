@@ -106,9 +106,7 @@ class Plan:
             modulation=self.modulation,
         )
         e = self.unet(self.model_input, self.modulation, self.context)
-        ops.end_row(
-            self.state, e, self.tables, self.row, noise=self.noise, mask=self.mask, z0=self.z0, n0=self.n0
-        )
+        ops.end_row(self.state, e, self.tables, self.row, noise=self.noise, mask=self.mask, z0=self.z0, n0=self.n0)
 
     def start(
         self,
@@ -148,14 +146,14 @@ class Plan:
         """
         for r in range(table.rows):
             if r % ROWS == 0:
-                self._fill(slice(r, r + ROWS), table, guidance, modulation)
+                self.fill(slice(r, r + ROWS), table, guidance, modulation)
             if table.draws[r]:
                 self.noise.copy_(draw(r))
             self.replay()
             if table.ends_step[r]:
                 yield r
 
-    def _fill(self, rows: slice, table: SamplerTable, guidance: Guidance, modulation: Tensor) -> None:
+    def fill(self, rows: slice, table: SamplerTable, guidance: Guidance, modulation: Tensor) -> None:
         """Brings one window of rows to the device's tables and sets the row counter to its beginning."""
         host = {f.name: getattr(table, f.name)[rows] for f in fields(self.tables) if hasattr(table, f.name)}
         host |= {"guidance": guidance.weights[rows], "rescale": guidance.rescale[rows]}
