@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 80
+
+
+def brief(value: object) -> str:
+    """A value for a message: its repr, at most 80 characters, at once whatever its size."""
+    try:
+        text = _BRIEF.repr(value[:80] if isinstance(value, bytes | bytearray) else value)
+    except Exception:
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 class Error(Exception):

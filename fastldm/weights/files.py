@@ -63,9 +63,7 @@ def open_model(
     if os.path.isdir(path):
         return ModelFolder(path, variant)
     if os.path.lexists(path):
-        raise FileError(
-            f"{name} is not a folder; the folder with model_index.json is expected", field="model"
-        )
+        raise FileError(f"{name} is not a folder; the folder with model_index.json is expected", field="model")
     if not _HUB_ID.fullmatch(name) or ".." in name:
         reason = "is neither a folder nor a model id of the form 'owner/name'"
         raise FileError(f"{shown(name)} {reason}", field="model")
@@ -92,9 +90,7 @@ class ModelFolder:
         named = self._named(relative)
         real = Path(os.path.realpath(named))
         if not any(real.is_relative_to(place) for place in self._places):
-            raise FileError(
-                f"{named} is a link that leads out of the model's folder: put the file itself there"
-            )
+            raise FileError(f"{named} is a link that leads out of the model's folder: put the file itself there")
         return real
 
     def open(self, relative: str) -> File:
@@ -136,9 +132,7 @@ class ModelFolder:
         listed: dict[str, set[str]] = {}
         for name, shard in weight_map.items():
             if not isinstance(shard, str) or not _PART.fullmatch(shard):
-                raise FileError(
-                    f"{where}: {shown(name)}: {shown(shard)} is not a plain file name", field=name
-                )
+                raise FileError(f"{where}: {shown(name)}: {shown(shard)} is not a plain file name", field=name)
             listed.setdefault(shard, set()).add(name)
         if len(listed) > MAX_SHARDS:
             raise FileError(f"{where}: lists {len(listed)} files; at most {MAX_SHARDS} are allowed")
@@ -272,11 +266,7 @@ def open_file(path: str | os.PathLike[str]) -> TensorFiles:
 
 def _check_listed(header: Header, listed: set[str], where: str) -> None:
     for name in sorted(listed ^ header.tensors.keys()):
-        reason = (
-            "is not in it, but the index says so"
-            if name in listed
-            else "is in it, but the index says otherwise"
-        )
+        reason = "is not in it, but the index says so" if name in listed else "is in it, but the index says otherwise"
         raise FileError(f"{where}: tensor {shown(name)} {reason}", field=name)
 
 
@@ -309,7 +299,7 @@ def _weight_names(stem: str, variant: str | None) -> list[str]:
 
 def _variants(names: Iterable[str], stem: str) -> list[str]:
     """The variants whose weights are among the file names; "" stands for weights without one."""
-    word = r"(?:\.(?!index)([\w-]+?))?"
+    word = r"(?:\.([\w-]+?))?"
     pattern = re.compile(rf"{stem}{word}\.safetensors(?:{word}\.index{word}\.json)?", re.ASCII)
     groups = [m.groups() for m in map(pattern.fullmatch, names) if m]
     return sorted({next(filter(None, found), "") for found in groups if "-of-" not in str(found[0])})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ MAX_TENSORS = 65_536
 MAX_RANK = 8
 MAX_DIM = 1 << 31
 MAX_INTEGER = 1 << 53  # beyond, JSON readers that use doubles disagree
-MAX_VALUES = 16 * MAX_TENSORS  # a tensor's entry has 12 commas at most
+MAX_VALUES = 12 * MAX_TENSORS  # a tensor's entry has at most 11 commas, 6 brackets and 5 strings
 HEADER_DEPTH = 3
 EMPTY_MARKERS = ("v_pred", "ztsnr")  # checkpoints say with these how they were trained
 DTYPES = {
@@ -39,8 +40,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _FIELDS = {"dtype", "shape", "data_offsets"}
-# The end of the text ends a string, too: else every quote of an open string would be tried as its beginning.
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\Z)', re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _PICKLED = "holds pickled weights, which can run code: convert them to safetensors"
 _KINDS = {  # what stands in place of a safetensors file in the wild, by its first bytes
@@ -90,10 +89,10 @@ def read_header(read: ReadAt, size: int, where: str) -> Header:
     """
     first = read(64, 0)
     length = int.from_bytes(first[:8], "little")
-    if length > MAX_HEADER or first[8:9] != b"{":
-        _refuse_other_kinds(first, where)
     if size < 8:
         raise FileError(f"{where}: is truncated: 8 bytes of header length expected, {size} present")
+    if length > MAX_HEADER or first[8:9] != b"{":
+        _refuse_other_kinds(first, where)
     if length > MAX_HEADER:
         raise FileError(f"{where}: has a header of {length} bytes; at most {MAX_HEADER} are allowed")
     raw = read(length, 8) if 8 + length <= size else b""
@@ -101,10 +100,12 @@ def read_header(read: ReadAt, size: int, where: str) -> Header:
         raise FileError(f"{where}: is truncated: at least {8 + length} bytes expected, {size} present")
     if not (raw.startswith(b"{") and raw.rstrip(b" ").endswith(b"}")):
         raise FileError(f"{where}: its header must begin with '{{' and end with '}}', padded by spaces only")
+    if raw.count(b'"data_offsets"') > MAX_TENSORS:  # before the work; escapes could hide some
+        raise FileError(f"{where}: has more than {MAX_TENSORS} tensors")
     entries = strict_json(raw, where, HEADER_DEPTH)
     metadata = _metadata(entries.pop("__metadata__", {}), where)
     if len(entries) > MAX_TENSORS:
-        raise FileError(f"{where}: has {len(entries)} tensors; at most {MAX_TENSORS} are allowed")
+        raise FileError(f"{where}: has more than {MAX_TENSORS} tensors")
     tensors = [_tensor(name, entry, where) for name, entry in entries.items()]
     tensors.sort(key=lambda t: (t.start, t.stop))
     _check_cover(tensors, size - 8 - length, where)
@@ -116,9 +117,7 @@ def strict_json(raw: bytes, where: str, depth: int) -> dict[str, Any]:
 
     Raises `FileError` naming the file as `where`. Memory is bounded before anything is parsed.
     """
-    if raw.count(b'"') - raw.count(b'\\"') > 4 * MAX_VALUES:
-        raise FileError(f"{where}: has too many strings")
-    _check_nesting(_STRING.sub(b"", raw), where, depth)
+    _check_structure(raw, where, depth)
     try:
         value = json.loads(
             raw.decode("utf-8"),
@@ -146,31 +145,34 @@ def _refuse_other_kinds(first: bytes, where: str) -> None:
             raise FileError(f"{where}: {description}")
 
 
-def _check_nesting(structure: bytes, where: str, depth: int) -> None:
-    """`structure` is JSON without its strings."""
-    if structure.count(b",") > MAX_VALUES or structure.count(b"[") + structure.count(b"{") > MAX_VALUES:
+def _check_structure(raw: bytes, where: str, depth: int) -> None:
+    """Bounds what a parser would build: the number of strings and values, and the nesting."""
+    unescaped = raw.replace(rb"\\", b"").replace(rb"\"", b"")  # now every quote begins or ends a string
+    too_many = unescaped.count(b'"') > 2 * MAX_VALUES
+    structure = b"" if too_many else b"".join(unescaped.split(b'"')[::2])
+    brackets = structure.translate(None, _NOT_BRACKETS)
+    if too_many or max(structure.count(b","), len(brackets)) > MAX_VALUES:
         raise FileError(f"{where}: has more than {MAX_VALUES} values")
     level = 0
-    for bracket in structure.translate(None, _NOT_BRACKETS):
+    for bracket in brackets:
         level += 1 if bracket in b"[{" else -1
         if level > depth:
             raise FileError(f"{where}: is nested deeper than {depth} levels")
 
 
 def _unique(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise FileError(f"{where}: duplicate key {shown(key)}", field=key)
-        found[key] = value
-        key.encode("utf-8")  # a lone surrogate is a ValueError, here and in the line below
-        _ = value.encode("utf-8") if isinstance(value, str) else None
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise FileError(f"{where}: duplicate key {shown(key)}", field=key)
+    strings = (value for value in found.values() if isinstance(value, str))
+    "".join((*found, *strings)).encode("utf-8")  # a lone surrogate is a ValueError
     return found
 
 
 def _integer(where: str, text: str) -> int:
-    if len(text) > 17 or abs(int(text)) >= MAX_INTEGER:
-        raise FileError(f"{where}: integer {shown(text)} is beyond 2^53")
+    if len(text) > 17 or abs(int(text)) >= MAX_INTEGER or text == "-0":  # readers disagree on -0, too
+        raise FileError(f"{where}: integer {shown(text)} is -0 or beyond 2^53")
     return int(text)
 
 
@@ -203,9 +205,7 @@ def _tensor(name: str, entry: object, where: str) -> TensorInfo:
         raise fail(f"data_offsets {shown(offsets)} must be two ascending integers from 0")
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != nbytes:
-        raise fail(
-            f"{dtype} of shape {shape} takes {nbytes} bytes, not those from {offsets[0]} to {offsets[1]}"
-        )
+        raise fail(f"{dtype} of shape {shape} takes {nbytes} bytes, not those from {offsets[0]} to {offsets[1]}")
     if nbytes == 0 and name not in EMPTY_MARKERS:
         raise fail(f"is empty: shape {shape}; only {' and '.join(EMPTY_MARKERS)} may be")
     return TensorInfo(name, DTYPES[dtype], tuple(shape), offsets[0], offsets[1])

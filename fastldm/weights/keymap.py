@@ -1,7 +1,7 @@
 """Names and packing: where each tensor of a checkpoint lives in a model.
 
 A model holds one copy of every weight in its fast layout; an address is (parameter, rows). The model says what it packs
-(`parts` of its layers) and where its module paths differ from the hub's (`hub_names`); everything else is the same name.
+(`parts` of its layers) and where its module paths differ from the hub's (`hub_names`); all else is the same name.
 """
 
 from __future__ import annotations

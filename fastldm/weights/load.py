@@ -90,7 +90,8 @@ def _refuse(where: str, problem: str, names: Collection[str], total: int) -> Non
         shown = sorted(names)
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         raise WeightsError(
-            f"{where}: {len(names)} of {total} tensors {problem}: {_listed(shown[:SHOWN])}{more}", field=shown[0]
+            f"{where}: {len(names)} of {total} tensors {problem}: {_listed(shown[:SHOWN])}{more}",
+            field=shown[0],
         )
 
 
