@@ -6,12 +6,11 @@ number of heads of a U-Net (https://github.com/huggingface/diffusers/issues/2011
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastldm.errors import ConfigError
+from fastldm.errors import ConfigError, brief
 
 MAX_CHANNELS = 8192
 MAX_LAYERS = 16
@@ -32,7 +31,7 @@ class Reader:
         self.seen: set[str] = set()
 
     def fail(self, key: str, reason: str) -> ConfigError:
-        value = f" = {_short(self.data[key])}" if key in self.data else ""
+        value = f" = {brief(self.data[key])}" if key in self.data else ""
         return ConfigError(f"{self.where}: {key}{value}: {reason}", field=f"{self.where}: {key}")
 
     def raw(self, key: str, default: Any = UNSET) -> Any:
@@ -51,10 +50,8 @@ class Reader:
         value = self.raw(key, default)
         if value is default:
             return value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:  # NaN is not
             raise self.fail(key, f"must be a finite number from {low:g} to {high:g}")
-        if not low <= value <= high:
-            raise self.fail(key, f"must be from {low:g} to {high:g}")
         return float(value)
 
     def flag(self, key: str, default: Any = UNSET) -> Any:
@@ -66,7 +63,7 @@ class Reader:
     def choice(self, key: str, options: Sequence[Any], default: Any = UNSET) -> Any:
         value = self.raw(key, default)
         if value is not default and not any(value == o and type(value) is type(o) for o in options):
-            raise self.fail(key, f"is not supported; supported: {', '.join(map(_short, options))}")
+            raise self.fail(key, f"is not supported; supported: {', '.join(map(brief, options))}")
         return value
 
     def fixed(self, **allowed: tuple[Any, ...]) -> None:
@@ -74,7 +71,7 @@ class Reader:
         for key, values in allowed.items():
             value = self.raw(key, values[0])
             if not any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in values):
-                raise self.fail(key, f"is not supported; supported: {', '.join(map(_short, values))}")
+                raise self.fail(key, f"is not supported; supported: {', '.join(map(brief, values))}")
 
     def integers(self, key: str, low: int, high: int, length: int | None = None, default: Any = UNSET) -> Any:
         """A list of integers; where `length` is given, one integer stands for that many."""
@@ -92,7 +89,7 @@ class Reader:
         values = self._list(key, value, length)
         for v in values:
             if v not in options:
-                raise self.fail(key, f"{_short(v)} is not supported; supported: {', '.join(options)}")
+                raise self.fail(key, f"{brief(v)} is not supported; supported: {', '.join(options)}")
         return tuple(values)
 
     def done(self) -> None:
@@ -117,11 +114,6 @@ class Reader:
         if not 1 <= len(value) <= MAX_LAYERS:
             raise self.fail(key, f"must have 1 to {MAX_LAYERS} entries, not {len(value)}")
         return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 # ---------------------------------------------------------------------------------------------------------- U-Net
@@ -248,7 +240,8 @@ def _unet_features_we_lack(r: Reader, n: int) -> None:
         class_embeddings_concat=(False,),
         cross_attention_norm=(None,),
     )
-    r.flag("upcast_attention", False)  # the softmax is float32 here whatever the input
+    if r.raw("upcast_attention", None) is not None:  # null in SDXL's own file
+        r.flag("upcast_attention")  # the softmax is float32 here whatever the input
     r.raw("addition_embed_type_num_heads", 64)  # only read by types that are refused
 
 

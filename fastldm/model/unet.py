@@ -123,7 +123,7 @@ class UNet(nn.Module):
         return self.split_context(self.context_projections(states))
 
     def split_context(self, packed: Tensor) -> Context:
-        """packed: (B, L, Σ), all layers' keys and values side by side -> per layer a list of (K, V, scale), as views."""
+        """packed: (B, L, Σ), all layers' keys and values side by side -> per layer a list of (K, V, scale), views."""
         widths = [channels for channels, _ in self.cross_attentions for _ in ("k", "v")]
         halves = packed.split(widths, dim=-1)
         return [

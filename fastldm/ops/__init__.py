@@ -11,8 +11,8 @@ Letters, everywhere in this project:
     B L H D  attention: batch, length, heads, head dim
     M N K    matrix products: (M, K) times (K, N)
     S R G    steps of a schedule; rows of a sampler's table; guidance branches
-"working dtype" is the dtype of the activations: float16, bfloat16 or float32 (float64 in tests). Weights and biases have
-it, too. Statistics, softmax and the sampler's state are float32, or float64 where the working dtype is.
+"working dtype" is the dtype of the activations: float16, bfloat16 or float32 (float64 in tests), and of the weights.
+ Statistics, softmax and the sampler's state are float32, or float64 where the working dtype is.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Selection:
         return self.overrides.get(op, self.default)
 
 
-_selection: ContextVar[Selection] = ContextVar("fastldm.ops.selection", default=Selection())
+_selection: ContextVar[Selection] = ContextVar("fastldm.ops.selection", default=Selection())  # noqa: B039  frozen
 
 
 @contextmanager
@@ -207,8 +207,8 @@ def conv2d(
     stride: 1 or 2. pad: "same" (k // 2 on every side) or "end" (one row below, one column right: the VAE's encoder).
     upsample: None, or the (height, width) to which the input is first enlarged by repeating pixels, each 2n or 2n − 1.
     w_phases: the pre-summed weights of the four-phase form of upsample + 3×3; an implementation may use them.
-    want_stats: a hint. -> (y, stats): y (N, O, H', W') channels_last; stats None where they were not asked for, or where
-    the current context says that they are not free.
+    want_stats: a hint. -> (y, stats): y (N, O, H', W') channels_last; stats None where nobody asked, or where the
+    current context says that they are not free.
     """
     want = want_stats and _selection.get().want_stats
     return _call("conv2d")(
