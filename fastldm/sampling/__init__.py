@@ -1,6 +1,8 @@
 """Samplers as data: a configuration and a number of steps give a `SamplerTable`, which the row loop applies."""
 
 from fastldm.sampling.config import SchedulerConfig, scheduler_config
-from fastldm.sampling.samplers import SamplerTable, sampler_table
+from fastldm.sampling.names import named
+from fastldm.sampling.samplers import sampler_table
+from fastldm.sampling.table import SamplerTable
 
-__all__ = ["SamplerTable", "SchedulerConfig", "sampler_table", "scheduler_config"]
+__all__ = ["SamplerTable", "SchedulerConfig", "named", "sampler_table", "scheduler_config"]

@@ -80,6 +80,11 @@ class SchedulerConfig:
     given: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
+    def config(self) -> dict[str, Any]:
+        """The hub's keys as they were read: what `X.from_config` of a scheduler class of diffusers takes."""
+        return dict(self.given)
+
+    @property
     def order(self) -> int:
         """Network calls per step, as the hub's classes count them."""
         return 2 if self.kind in ("heun", "dpm2", "dpm2_ancestral", "dpm_sde", "flow_heun") else 1
@@ -183,7 +188,13 @@ CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
         "dpm_multistep",
         {**_DPM_SOLVER, "euler_at_final": False, "use_lu_lambdas": False, "rescale_betas_zero_snr": False},
     ),
-    "DPMSolverSinglestepScheduler": ("dpm_singlestep", {**_DPM_SOLVER, "lower_order_final": False}),
+    "DPMSolverSinglestepScheduler": (
+        "dpm_singlestep",
+        {
+            **{k: v for k, v in _DPM_SOLVER.items() if k not in ("timestep_spacing", "steps_offset")},
+            "lower_order_final": False,
+        },
+    ),
     "DPMSolverSDEScheduler": ("dpm_sde", {**_LDM_BETAS, **_SIGMAS, "noise_sampler_seed": None}),
     "UniPCMultistepScheduler": (
         "unipc",
@@ -205,7 +216,7 @@ CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "SASolverScheduler": (
         "sa_solver",
         {
-            **_DPM,
+            **{k: v for k, v in _DPM.items() if k not in ("solver_order", "use_dynamic_shifting", "time_shift_type")},
             "predictor_order": 2,
             "corrector_order": 2,
             "tau_func": None,
@@ -265,13 +276,11 @@ _OWN_SOLVERS = {"unipc": ("bh1", "bh2"), "deis": ("logrho",)}
 _OWN_PREDICTION = {
     "flow_euler": "flow_prediction",
     "flow_heun": "flow_prediction",
-    "ipndm": "flow_prediction",
+    "ipndm": "v_prediction",
 }
 
 
-def scheduler_config(
-    data: Mapping[str, Any], where: str = "scheduler/scheduler_config.json"
-) -> SchedulerConfig:
+def scheduler_config(data: Mapping[str, Any], where: str = "scheduler/scheduler_config.json") -> SchedulerConfig:
     """The sampler that a `scheduler_config.json`, or the `.config` of a scheduler object, describes.
 
     Raises `ConfigError` naming the key for a value out of range, a key that no scheduler has, and for what a table
@@ -360,7 +369,7 @@ def _beta(r: Reader, key: str, default: Any) -> float:
 
 def _trained_betas(r: Reader, kind: str, default: Any) -> tuple[float, ...] | None:
     value = r.raw("trained_betas", None)
-    if value is None or kind == "ipndm" and value == []:
+    if value is None or (kind == "ipndm" and value == []):
         return None
     total = r.integer("num_train_timesteps", 1, MAX_TRAIN_TIMESTEPS, 1000)
     if not isinstance(value, list | tuple) or len(value) != total:
@@ -388,7 +397,7 @@ def _disable_corrector(r: Reader, kind: str, default: Any) -> tuple[int, ...]:
 
 
 def _variance_type(r: Reader, kind: str, default: Any) -> str | None:
-    options = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
+    options = ("fixed_small", "fixed_small_log", "fixed_large")
     if kind != "ddpm":  # the solvers only ask whether the network predicts variances besides
         options = (None, *options)  # type: ignore[assignment]
     value: str | None = r.choice("variance_type", options, default)
@@ -396,15 +405,9 @@ def _variance_type(r: Reader, kind: str, default: Any) -> str | None:
 
 
 def _prediction_type(r: Reader, kind: str, default: Any) -> str:
-    flow = (
-        ("flow_prediction",)
-        if kind in ("dpm_multistep", "dpm_singlestep", "unipc", "deis", "sa_solver")
-        else ()
-    )
+    flow = ("flow_prediction",) if kind in ("dpm_multistep", "dpm_singlestep", "unipc", "deis", "sa_solver") else ()
     options = (
-        ("epsilon", "v_prediction", *flow)
-        if kind.startswith("edm")
-        else ("epsilon", "v_prediction", "sample", *flow)
+        ("epsilon", "v_prediction", *flow) if kind.startswith("edm") else ("epsilon", "v_prediction", "sample", *flow)
     )
     return str(r.choice("prediction_type", options, default))
 
@@ -473,17 +476,12 @@ def _together(r: Reader, kind: str, values: Mapping[str, Any]) -> None:
         raise r.fail("prediction_type", "needs use_flow_sigmas = true")
     if values.get("shift_terminal") is not None and kind == "unipc" and not values["use_flow_sigmas"]:
         raise r.fail("shift_terminal", "needs use_flow_sigmas = true")
-    if (
-        kind == "dpm_multistep"
-        and values["solver_order"] == 3
-        and values["algorithm_type"] == "sde-dpmsolver"
-    ):
-        raise r.fail("solver_order", "must be 1 or 2 for algorithm_type 'sde-dpmsolver'")
+    third = (kind, values.get("algorithm_type"), values.get("solver_order"))
+    if third in (("dpm_multistep", "sde-dpmsolver", 3), ("edm_dpm_multistep", "sde-dpmsolver++", 3)):
+        raise r.fail("solver_order", f"must be 1 or 2 for algorithm_type {third[1]!r}")
     first_kind = values.get("algorithm_type") in ("dpmsolver", "sde-dpmsolver")
     if first_kind and values.get("final_sigmas_type") == "zero":
-        raise r.fail(
-            "final_sigmas_type", f"must be 'sigma_min' for algorithm_type {values['algorithm_type']!r}"
-        )
+        raise r.fail("final_sigmas_type", f"must be 'sigma_min' for algorithm_type {values['algorithm_type']!r}")
 
 
 __all__ = ["CLASSES", "ConfigError", "SchedulerConfig", "scheduler_config"]
