@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastldm.errors import Error
 
 if TYPE_CHECKING:
+    from fastldm.image import outpaint_canvas
     from fastldm.pipeline import Pipeline
+    from fastldm.sampling.names import samplers
 
-__all__ = ["Error", "Pipeline", "__version__"]
+__all__ = ["Error", "Pipeline", "__version__", "outpaint_canvas", "samplers"]
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
-    """`Pipeline` is imported at its first use: `import fastldm` imports no torch."""
-    if name == "Pipeline":
-        from fastldm.pipeline import Pipeline
+_HOMES = {
+    "Pipeline": "fastldm.pipeline",
+    "outpaint_canvas": "fastldm.image",
+    "samplers": "fastldm.sampling.names",
+}
 
-        return Pipeline
-    raise AttributeError(f"module 'fastldm' has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    """The public names are imported at their first use: `import fastldm` imports no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastldm' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastldm import config
-from fastldm.errors import ConfigError
+from fastldm import request, tasks
 from fastldm.image import Images, to_output
-from fastldm.model.clip import TextEncoder
-from fastldm.model.unet import UNet
-from fastldm.model.vae import AutoencoderKL
 from fastldm.prompt import Tokenizer
-from fastldm.request import Generators, Geometry, Request, text_to_image
-from fastldm.runtime.engine import Engine, Job
-from fastldm.runtime.plan import Guidance
-from fastldm.sampling import SchedulerConfig, noise, sampler_table, scheduler_config
-from fastldm.weights.files import ModelFolder, open_model
-from fastldm.weights.load import load
-
-log = logging.getLogger("fastldm")
-
-PIPELINES = ("StableDiffusionPipeline",)
-COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+from fastldm.request import Generators, Geometry, Request
+from fastldm.runtime.build import engine_from
+from fastldm.runtime.engine import Engine
+from fastldm.sampling import SchedulerConfig, sampler_table, scheduler_config
+from fastldm.sampling.choice import chosen
+from fastldm.weights.files import open_model
 
 
 @dataclass(frozen=True)
@@ -71,16 +59,29 @@ class Pipeline:
             local_files_only=local_files_only,
             token=token,
         )
-        _check_index(folder)
-        self.scheduler: SchedulerConfig = scheduler_config(folder.read_json("scheduler/scheduler_config.json"))
-        self._engine = _load_engine(folder, torch_dtype or torch.float32, torch.device(device or "cpu"))
-        positions = self._engine.text_encoder.config.positions
-        self._tokenizer = Tokenizer.from_folder(folder.path("tokenizer"), positions)
+        self._scheduler = scheduler_config(folder.read_json("scheduler/scheduler_config.json"))
+        self._engine: Engine = engine_from(
+            folder, dtype=torch_dtype or torch.float32, device=torch.device(device or "cpu")
+        )
+        self._tokenizer = Tokenizer.from_folder(folder.path("tokenizer"), self._engine.text_encoder.config.positions)
 
     @classmethod
     def from_pretrained(cls, model: str | os.PathLike[str], **options: Any) -> Pipeline:
         """`Pipeline(model, ...)`, under the name that programs written for diffusers use."""
         return cls(model, **options)
+
+    @property
+    def scheduler(self) -> SchedulerConfig:
+        """The sampler and its numbers; `.config` is what diffusers' `X.from_config` takes.
+
+        Assign a name of `fastldm.samplers()`, which keeps the model's betas and prediction type, a scheduler object of
+        diffusers, or (its class, a configuration). It holds for the calls that follow.
+        """
+        return self._scheduler
+
+    @scheduler.setter
+    def scheduler(self, value: object) -> None:
+        self._scheduler = chosen(value, self._scheduler)
 
     @torch.no_grad()
     def __call__(
@@ -88,140 +89,111 @@ class Pipeline:
         prompt: str | Sequence[str],
         *,
         negative_prompt: str | Sequence[str] | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float = 7.5,
         guidance_rescale: float = 0.0,
+        image_guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
         generator: Generators = None,
         latents: Tensor | None = None,
+        masked_image_latents: Tensor | None = None,
+        padding_mask_crop: int | None = None,
+        overlay: bool = False,
         output_type: str = "pil",
     ) -> PipelineOutput:
         """Paints `num_images_per_prompt` images for each prompt.
 
-        height, width: pixels, multiples of the autoencoder's factor; the model's own where None.
+        image: to start from, or with a model for it to edit: a PIL image of any mode, an array or tensor in 0..1 or
+        uint8, or a list with one for each prompt. mask_image: likewise; white is painted anew, black is kept.
+        strength: the share of the steps that is run on the image, 0.8; 1 for inpainting starts from noise alone.
+        height, width: pixels, multiples of the autoencoder's factor; the image's or the model's own where None. PIL
+        images are resized to them.
+        num_inference_steps: 50, for instruct-pix2pix 100. timesteps, sigmas: the caller's own, in place of a number.
         guidance_scale: s of classifier-free guidance (arXiv 2207.12598); 1 and below computes no unconditional branch.
         guidance_rescale: φ of arXiv 2305.08891, section 3.4. eta: η of DDIM (arXiv 2010.02502); others ignore it.
+        image_guidance_scale: of instruct-pix2pix (arXiv 2211.09800), 1.5.
         generator: one torch.Generator, or one for each image; None draws from the system's entropy.
         latents: the first noise, (images, channels, height / factor, width / factor), unit variance.
+        masked_image_latents: for 9-channel models, in place of the encoded masked image.
+        padding_mask_crop: paint only the box around the mask, this many pixels wider, in the model's own size.
+        overlay: lay the image's own pixels over the result where the mask is black, bit for bit.
         output_type: "pil", "np" (B, H, W, C) in 0..1, "pt" (B, C, H, W) in 0..1, "latent" (scaled latents).
         Raises `ArgumentError` naming the argument, before any work; `NonFiniteError` for NaN in the result.
         """
-        request = text_to_image(
+        asked = request.checked(
             self._geometry(),
             prompt=prompt,
             negative_prompt=negative_prompt,
+            image=image,
+            mask_image=mask_image,
+            strength=strength,
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
+            image_guidance_scale=image_guidance_scale,
             num_images_per_prompt=num_images_per_prompt,
             eta=eta,
             generator=generator,
             latents=latents,
+            masked_image_latents=masked_image_latents,
+            padding_mask_crop=padding_mask_crop,
+            overlay=overlay,
             output_type=output_type,
         )
-        painted = self._paint(request)
-        if request.output_type == "latent":
+        painted = self._paint(asked)
+        if asked.output_type == "latent":
             return PipelineOutput(painted)
-        return PipelineOutput(to_output(self._engine.decode(painted), request.output_type))
+        return PipelineOutput(self._finished(asked, self._engine.decode(painted)))
 
     def _geometry(self) -> Geometry:
-        factor = self._engine.vae.config.factor
-        unet = self._engine.unet.config
-        return Geometry(channels=unet.out_channels, factor=factor, side=unet.sample_size * factor)
-
-    def _paint(self, request: Request) -> Tensor:
-        """The latents after the last step, (B, C, H, W), float32."""
-        table = sampler_table(self.scheduler, request.steps, eta=request.eta)
-        states = self._states(request)
-        first = request.latents
-        if first is None:
-            first = self._draw(request)
-        job = Job(
-            table=table,
-            guidance=_guidance(request, table.rows),
-            noise=first.to(self._engine.device),
-            states=states,
-            draw=lambda row: self._draw(request),
+        factor, unet = self._engine.vae.config.factor, self._engine.unet.config
+        return Geometry(
+            channels=unet.out_channels,
+            extra_channels=unet.in_channels - unet.out_channels,
+            factor=factor,
+            side=unet.sample_size * factor,
         )
-        steps = self._engine.sample(job)
-        for latents in tqdm(steps, total=table.steps, disable=not sys.stderr.isatty(), leave=False):
-            pass
+
+    def _paint(self, asked: Request) -> Tensor:
+        """The latents after the last step, (B, C, H, W), float32."""
+        table = sampler_table(
+            self._scheduler,
+            asked.steps,
+            eta=asked.eta,
+            timesteps=asked.timesteps,
+            sigmas=asked.sigmas,
+            begin=asked.begin,
+        )
+        steps = self._engine.sample(tasks.job(self._engine, asked, table, self._states(asked)))
+        with tqdm(total=table.steps, disable=not sys.stderr.isatty(), leave=False) as bar:
+            for latents in steps:  # noqa: B007  the last is the result
+                bar.update()
         return latents
 
-    def _states(self, request: Request) -> Tensor:
-        """(G·B, L, width): the negative prompts of all images, where guided, then the prompts."""
-        prompts = [*request.negative_prompts, *request.prompts] if request.guided else request.prompts
-        return self._engine.encode_text(self._tokenizer(prompts)).repeat_interleave(request.images_per_prompt, dim=0)
+    def _states(self, asked: Request) -> Tensor:
+        """(G·B, L, width): what each branch reads, the fully conditioned one last."""
+        unguided = 0 if not asked.guided else 2 if asked.task == "instruct" else 1
+        prompts = [*asked.negative_prompts * unguided, *asked.prompts]
+        return self._engine.encode_text(self._tokenizer(prompts)).repeat_interleave(asked.images_per_prompt, dim=0)
 
-    def _draw(self, request: Request) -> Tensor:
-        geometry = self._geometry()
-        size = (request.height // geometry.factor, request.width // geometry.factor)
-        return noise.draw((request.batch, geometry.channels, *size), request.generator, device=self._engine.device)
-
-
-def _guidance(request: Request, rows: int) -> Guidance:
-    s = request.guidance_scale
-    weights = np.array([1 - s, s]) if request.guided else np.ones(1)
-    return Guidance(np.tile(weights, (rows, 1)), np.full(rows, request.guidance_rescale))
-
-
-# ---------------------------------------------------------------------------------------------------- loading a folder
-
-
-def _check_index(folder: ModelFolder) -> None:
-    """model_index.json must name a pipeline and components that we have."""
-    where = "model_index.json"
-    index = folder.read_json(where)
-    name = index.get("_class_name")
-    if name not in PIPELINES:
-        raise ConfigError(
-            f"{where}: _class_name = {name!r} is not supported; supported: {', '.join(PIPELINES)}",
-            field="_class_name",
-        )
-    for key, value in index.items():
-        given = isinstance(value, list) and value[:1] != [None]
-        if given and key not in COMPONENTS + UNUSED:
-            raise ConfigError(f"{where}: {key!r} is no component of {name}", field=key)
-        if given and key == "safety_checker":
-            log.warning("%s: the model's safety checker is not run", folder.root)
-
-
-def _load_engine(folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> Engine:
-    unet = config.unet_config(folder.read_json("unet/config.json"))
-    vae = config.vae_config(folder.read_json("vae/config.json"))
-    text = config.text_config(folder.read_json("text_encoder/config.json"))
-    _check_together(unet, vae, text)
-    with (
-        folder.tensors("unet") as unet_tensors,
-        folder.tensors("vae") as vae_tensors,
-        folder.tensors("text_encoder") as text_tensors,
-    ):
-        return Engine(
-            unet=load(lambda: UNet(unet), unet_tensors, dtype=dtype, device=device),
-            vae=load(lambda: AutoencoderKL(vae), vae_tensors, dtype=dtype, device=device),
-            text_encoder=load(lambda: TextEncoder(text), text_tensors, dtype=dtype, device=device),
-        )
-
-
-def _check_together(unet: config.UNetConfig, vae: config.VAEConfig, text: config.TextConfig) -> None:
-    pairs = (
-        ("cross_attention_dim", unet.context_dim, "the text encoder's hidden_size", text.width),
-        ("out_channels", unet.out_channels, "the VAE's latent_channels", vae.latent_channels),
-        (
-            "in_channels",
-            unet.in_channels,
-            "out_channels: text to image takes nothing else",
-            unet.out_channels,
-        ),
-    )
-    for key, value, other, expected in pairs:
-        if value != expected:
-            field = f"unet/config.json: {key}"
-            raise ConfigError(f"{field} = {value} must equal {other} = {expected}", field=field)
-    if unet.added is not None:
-        raise ConfigError("unet/config.json: addition_embed_type: SDXL cannot be painted yet", field="unet/config.json")
+    def _finished(self, asked: Request, pixels: Tensor) -> Images:
+        source = asked.source
+        if source is not None and source.overlay:
+            pixels = 2 * source.laid_over((pixels.float() * 0.5 + 0.5).clamp(0, 1)) - 1
+        images = to_output(pixels, asked.output_type)
+        if source is not None and source.crop is not None:
+            assert isinstance(images, list)
+            return source.crop.filled_in(images)
+        return images

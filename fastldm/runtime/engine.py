@@ -23,15 +23,15 @@ from fastldm.sampling import SamplerTable
 class Job:
     """What one sampling run needs.
 
-    noise: (B, C, H, W), of unit variance. states: (G·B, L, context_dim), the branches one after the other, the fully
-    conditioned last. draw: row r's noise, (B, C, H, W).
+    x: (B, C, H, W), the state before the first row. states: (G·B, L, context_dim), branch by branch, the fully
+    conditioned one last. noise: gives row r's, (B, C, H, W), or None; called for r = 0, 1, ...
     """
 
     table: SamplerTable
     guidance: Guidance
-    noise: Tensor
+    x: Tensor
     states: Tensor
-    draw: Callable[[int], Tensor]
+    noise: Callable[[int], Tensor | None]
     added: Added | None = None
     extra_channels: Tensor | None = None
     inpainting: Inpainting | None = None
@@ -62,20 +62,19 @@ class Engine:
 
         Raises `NonFiniteError` after the last step where the latents hold NaN or infinity.
         """
-        batch, _, height, width = job.noise.shape
+        batch, _, height, width = job.x.shape
         shape = Shape(batch, len(job.states) // batch, height, width, job.states.shape[1])
         timesteps = torch.from_numpy(job.table.timesteps.astype(np.float32)).to(self.device)
         with self._using():
             modulation = self.unet.modulation(timesteps, job.added)
             plan = Plan(self.unet, shape, modulations=modulation.shape[1])
             plan.start(
-                job.noise,
-                job.table,
+                job.x,
                 states=job.states,
                 extra_channels=job.extra_channels,
                 inpainting=job.inpainting,
             )
-        steps = plan.run(job.table, job.guidance, modulation, job.draw)
+        steps = plan.run(job.table, job.guidance, modulation, job.noise)
         while True:
             with self._using():  # not around the yield: the caller's context is the caller's
                 if next(steps, None) is None:

@@ -110,8 +110,7 @@ class Plan:
 
     def start(
         self,
-        noise: Tensor,
-        table: SamplerTable,
+        x: Tensor,
         *,
         states: Tensor,
         extra_channels: Tensor | None = None,
@@ -119,12 +118,11 @@ class Plan:
     ) -> None:
         """Fills what holds for a whole run.
 
-        noise: (B, C, H, W), unit variance, scaled here by the table. states: (G·B, L, context_dim), the prompt.
+        x: (B, C, H, W), the state before the first row. states: (G·B, L, context_dim), the prompt.
         extra_channels: (G·B, in_channels − C, H, W) behind the latents (inpainting models), or None.
         """
-        z0 = torch.zeros((), device=noise.device) if inpainting is None else inpainting.z0
         self.state.zero_()
-        self.state[0] = table.start[0] * z0 + table.start[1] * noise
+        self.state[0] = x
         self.noise.zero_()
         self.mask.fill_(1.0) if inpainting is None else self.mask.copy_(inpainting.mask)
         self.z0.zero_() if inpainting is None else self.z0.copy_(inpainting.z0)
@@ -138,17 +136,17 @@ class Plan:
         table: SamplerTable,
         guidance: Guidance,
         modulation: Tensor,
-        draw: Callable[[int], Tensor],
+        noise: Callable[[int], Tensor | None],
     ) -> Iterator[int]:
         """Replays every row; yields the index of each row that ends a step, with the latents in `state[0]`.
 
-        modulation: (R, M, Σ). draw: gives row r's noise, (B, C, H, W); called for the rows that draw, in their order.
+        modulation: (R, M, Σ). noise: gives row r's, (B, C, H, W), or None where it draws none; called for r = 0, 1, ...
         """
         for r in range(table.rows):
             if r % ROWS == 0:
                 self.fill(slice(r, r + ROWS), table, guidance, modulation)
-            if table.draws[r]:
-                self.noise.copy_(draw(r))
+            if (drawn := noise(r)) is not None:
+                self.noise.copy_(drawn)
             self.replay()
             if table.ends_step[r]:
                 yield r

@@ -1,0 +1,136 @@
+"""Tasks as jobs: what text to image, image to image, inpainting and instruct-pix2pix each put into the one loop.
+
+Noise is drawn in the order in which diffusers draws it, so that a seed gives the same image there and here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastldm.request import Request
+from fastldm.runtime.engine import Engine, Job
+from fastldm.runtime.plan import Guidance, Inpainting
+from fastldm.sampling import SamplerTable, noise
+from fastldm.source import Source, repeated
+
+
+@dataclass(frozen=True)
+class Studio:
+    """What the tasks share: the engine, the request and the sampler's table."""
+
+    engine: Engine
+    request: Request
+    table: SamplerTable
+
+    def draw(self) -> Tensor:
+        """Unit noise of the latents' shape, (B, C, H, W)."""
+        r, factor = self.request, self.engine.vae.config.factor
+        shape = (r.batch, self.engine.unet.config.out_channels, r.height // factor, r.width // factor)
+        return noise.draw(shape, r.generator, device=self.engine.device)
+
+    def encoded(self, pixels: Tensor) -> Tensor:
+        """A sample of the latents of pixels (n, 3, H, W) in −1..1, float32; generator k draws for image k."""
+        posterior = self.engine.encode_image(pixels)
+        epsilon = self._draw_for(posterior.mean.shape)
+        return self.engine.vae.to_latents(posterior.mean.float() + posterior.std.float() * epsilon)
+
+    def _draw_for(self, shape: torch.Size) -> Tensor:
+        generator = self.request.generator
+        if isinstance(generator, list) and len(generator) > 1:
+            generator = generator[: shape[0]]
+        return noise.draw(shape, generator, device=self.engine.device)
+
+    # ------------------------------------------------------------------------------------------------------ the tasks
+
+    def text_to_image(self, states: Tensor) -> Job:
+        first = self._first_noise()
+        return self._job(states, self.table.start[1] * first)
+
+    def image_to_image(self, states: Tensor, source: Source) -> Job:
+        pixels = source.pixels
+        if isinstance(self.request.generator, list):
+            pixels = repeated(pixels, self.request.batch)
+        z0 = repeated(self.encoded(2 * pixels - 1), self.request.batch)
+        return self._job(states, self._noised(z0, self.draw()))
+
+    def inpaint(self, states: Tensor, source: Source) -> Job:
+        """With 4 input channels the kept part is put back after every row; with 9 the network sees it."""
+        r = self.request
+        image = 2 * source.pixels - 1
+        sees_mask = self.engine.unet.config.in_channels > self.engine.unet.config.out_channels
+        z0 = None if sees_mask and source.strength == 1 else repeated(self.encoded(image), r.batch)
+        first = self._first_noise()
+        x = self.table.start[1] * first if z0 is None or source.strength == 1 else self._noised(z0, first)
+        mask = repeated(F.interpolate(source.mask, first.shape[2:]), r.batch).to(first)
+        if not sees_mask:
+            assert z0 is not None
+            self._draw_for(torch.Size((len(image), *first.shape[1:])))  # diffusers samples the masked image's latents
+            return self._job(states, x, inpainting=Inpainting(mask, z0, first))
+        masked = r.masked_image_latents
+        if masked is None:
+            masked = self.encoded(image * (1 - source.mask))
+        extra = torch.cat((mask, repeated(masked, r.batch).to(mask)), dim=1)
+        return self._job(states, x, extra_channels=extra.repeat(self._branches(states), 1, 1, 1))
+
+    def instruct(self, states: Tensor, source: Source) -> Job:
+        """Brooks et al., arXiv 2211.09800: branches without both conditions, with the image, with image and text."""
+        mean = self.engine.encode_image(2 * source.pixels - 1).mean.float()  # not scaled, the model is trained so
+        mean = repeated(mean, self.request.batch)
+        seen = [torch.zeros_like(mean), mean, mean] if self.request.guided else [mean]
+        return self._job(states, self.table.start[1] * self._first_noise(), extra_channels=torch.cat(seen))
+
+    # ----------------------------------------------------------------------------------------------------- their parts
+
+    def _first_noise(self) -> Tensor:
+        given = self.request.latents
+        return self.draw() if given is None else given.to(self.engine.device, torch.float32)
+
+    def _noised(self, z0: Tensor, unit: Tensor) -> Tensor:
+        u0, v0 = self.table.start_from_image
+        return u0 * z0 + v0 * unit
+
+    def _branches(self, states: Tensor) -> int:
+        return len(states) // self.request.batch
+
+    def _job(
+        self,
+        states: Tensor,
+        x: Tensor,
+        *,
+        extra_channels: Tensor | None = None,
+        inpainting: Inpainting | None = None,
+    ) -> Job:
+        return Job(
+            table=self.table,
+            guidance=guidance(self.request, self.table.rows),
+            x=x,
+            states=states,
+            noise=noise.RowNoise(self.table, x.shape, self.request.generator, device=self.engine.device),
+            extra_channels=extra_channels,
+            inpainting=inpainting,
+        )
+
+
+def job(engine: Engine, request: Request, table: SamplerTable, states: Tensor) -> Job:
+    studio = Studio(engine, request, table)
+    if request.source is None:
+        return studio.text_to_image(states)
+    if request.task == "inpaint":
+        return studio.inpaint(states, request.source)
+    if request.task == "instruct":
+        return studio.instruct(states, request.source)
+    return studio.image_to_image(states, request.source)
+
+
+def guidance(request: Request, rows: int) -> Guidance:
+    """The branches' weights: unconditional, (image,) text. arXiv 2207.12598, equation 6; 2211.09800, equation 3."""
+    s, s_image = request.guidance_scale, request.image_guidance_scale
+    weights = [1.0]
+    if request.guided:
+        weights = [1 - s_image, s_image - s, s] if request.task == "instruct" else [1 - s, s]
+    return Guidance(np.tile(weights, (rows, 1)), np.full(rows, request.guidance_rescale))
