@@ -108,7 +108,7 @@ def fastldm_step(unet: UNet, x: Tensor, states: Tensor, steps: int) -> Callable[
 
     @torch.no_grad()
     def step() -> Tensor:
-        plan.start(x.float(), table, states=states)
+        plan.start(x.float(), states=states)
         plan.fill(slice(0, 1), table, guidance, modulation)
         plan.replay()
         return plan.state[0]
