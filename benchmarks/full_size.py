@@ -43,7 +43,7 @@ def make(folder: Path) -> None:
     torch.manual_seed(0)
     text = {**full_size.CLIP_L, "eos_token_id": len(words) - 1, "bos_token_id": len(words) - 2}
     diffusers.StableDiffusionPipeline(
-        vae=diffusers.AutoencoderKL(**full_size.SD_VAE),
+        vae=diffusers.AutoencoderKL(**full_size.SD15_VAE),
         text_encoder=transformers.CLIPTextModel(transformers.CLIPTextConfig(**text)),
         tokenizer=words,
         unet=diffusers.UNet2DConditionModel(**full_size.SD15_UNET),

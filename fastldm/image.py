@@ -21,12 +21,16 @@ SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 # ------------------------------------------------------------------------------------------------------------------ out
 
 
-def to_output(pixels: Tensor, output_type: str) -> Images:
-    """pixels: (B, C, H, W), −1..1, clamped here.
+def to_unit(pixels: Tensor) -> Tensor:
+    """From the decoder's range, about −1..1, to 0..1."""
+    return (pixels * 0.5 + 0.5).clamp(0, 1)
 
-    "pil": a list of images, rounded to 8 bits; "np": (B, H, W, C) float32 in 0..1; "pt": (B, C, H, W) in 0..1.
+
+def to_output(unit: Tensor, output_type: str) -> Images:
+    """unit: (B, C, H, W) in 0..1.
+
+    "pil": a list of images, rounded to 8 bits; "np": (B, H, W, C) float32; "pt": as it is.
     """
-    unit = (pixels * 0.5 + 0.5).clamp(0, 1)
     if output_type == "pt":
         return unit
     array: NDArray[np.float32] = unit.permute(0, 2, 3, 1).to("cpu", torch.float32).contiguous().numpy()
@@ -153,17 +157,23 @@ def filled(image: PIL.Image.Image, width: int, height: int) -> PIL.Image.Image:
     return PIL.Image.fromarray(np.pad(small, pads, mode="edge"))
 
 
-def overlaid(
-    original: PIL.Image.Image, painted: PIL.Image.Image, mask: PIL.Image.Image, box: Box | None
-) -> PIL.Image.Image:
+def overlaid(original: PIL.Image.Image, painted: PIL.Image.Image, mask: PIL.Image.Image, box: Box) -> PIL.Image.Image:
     """`painted` (into `box` of the original) where the mask is white, the original's own bits where it is black."""
     base = original.convert("RGB")
     layer = base.copy()
-    left, top, right, bottom = box or (0, 0, base.width, base.height)
-    if painted.size != (right - left, bottom - top):
-        painted = painted.resize((right - left, bottom - top), PIL.Image.Resampling.LANCZOS)
-    layer.paste(painted, (left, top))
+    left, top, right, bottom = box
+    layer.paste(_covering(painted, right - left, bottom - top), (left, top))
     return PIL.Image.composite(layer, base, mask.convert("L"))
+
+
+def _covering(image: PIL.Image.Image, width: int, height: int) -> PIL.Image.Image:
+    """Resized to cover width × height, what sticks out cut on both sides: takes back what `filled` did."""
+    if width / height > image.width / image.height:
+        outer = (width, image.height * width // image.width)
+    else:
+        outer = (image.width * height // image.height, height)
+    left, top = outer[0] // 2 - width // 2, outer[1] // 2 - height // 2
+    return resized(image, *outer).crop((left, top, left + width, top + height))
 
 
 def outpaint_canvas(

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastldm import request, tasks
-from fastldm.image import Images, to_output
+from fastldm.image import Images, to_output, to_unit
 from fastldm.prompt import Tokenizer
 from fastldm.request import Generators, Geometry, Request
 from fastldm.runtime.build import engine_from
@@ -190,9 +190,10 @@ class Pipeline:
 
     def _finished(self, asked: Request, pixels: Tensor) -> Images:
         source = asked.source
+        unit = to_unit(pixels)
         if source is not None and source.overlay:
-            pixels = 2 * source.laid_over((pixels.float() * 0.5 + 0.5).clamp(0, 1)) - 1
-        images = to_output(pixels, asked.output_type)
+            unit = source.laid_over(unit.float())
+        images = to_output(unit, asked.output_type)
         if source is not None and source.crop is not None:
             assert isinstance(images, list)
             return source.crop.filled_in(images)

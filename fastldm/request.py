@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
@@ -262,18 +261,18 @@ def _wrong(name: str, value: object, reason: str) -> ArgumentError:
     return ArgumentError(f"{name} = {brief(value)}: {reason}", field=name)
 
 
-def _scalar(value: object) -> Real | None:
+def _scalar(value: object) -> int | float | None:
     """A number, also NumPy's or a tensor's without dimensions; None for what is none, bools and strings among them."""
     if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0:
         value = value.item()
-    return value if isinstance(value, Real) and not isinstance(value, bool) else None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _integer(name: str, value: object, low: int, high: int) -> int:
     number = _scalar(value)
-    if not isinstance(number, Integral) or not low <= number <= high:
+    if not isinstance(number, int) or not low <= number <= high:
         raise _wrong(name, value, f"must be an integer from {low} to {high}")
-    return int(number)
+    return number
 
 
 def _number(name: str, value: object, low: float, high: float) -> float:

@@ -89,8 +89,8 @@ def _shifted_group_norm(x: Tensor, w: Tensor, b: Tensor, groups: int, eps: float
     """Group norm of x − pivot, which is that of x.
 
     PyTorch's CPU kernel for channels_last takes the variance as E[x²] − E[x]², which is all rounding where the mean is
-    large: at mean 1000 and unit variance in float32 its results were off by a thousand. A pivot near the mean, here that
-    of each group's first row, keeps the digits (Chan, Golub & LeVeque, 1983, section 3).
+    large: at mean 1000 and unit variance in float32 its results were off by a thousand. A pivot near the mean, that of
+    each group's first row, keeps the digits (Chan, Golub & LeVeque, 1983, section 3).
     """
     dtype = compute_dtype(x.dtype)
     row = x[:, :, :1].to(dtype).mean(dim=(2, 3)).unflatten(1, (groups, -1))

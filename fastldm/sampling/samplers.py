@@ -329,7 +329,10 @@ def exponential_step(rows: Rows, i: int, j: int, x: Form, d: Sequence[Form]) -> 
 
 
 def dpm_multistep(run: Run) -> SamplerTable:
-    """DPM-Solver and DPM-Solver++ with derivatives from earlier steps: Lu et al., arXiv 2211.01095, algorithm 2."""
+    """DPM-Solver and DPM-Solver++ with derivatives from earlier steps: Lu et al., arXiv 2211.01095, algorithm 2.
+
+    The third order takes half the second derivative, as the authors' code and the hub's do; its order is 2.
+    """
     config = run.config
     grid = schedules.edm_grid(run) if config.kind == "edm_dpm_multistep" else schedules.solver_grid(run)
     n, lam = len(grid.t), grid.lam

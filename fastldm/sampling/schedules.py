@@ -24,9 +24,6 @@ from fastldm.sampling.run import Run, given, steps_error
 Floats = NDArray[np.float64]
 Floats32 = NDArray[np.float32]
 
-# ᾱ of the last timestep where sigma must stay finite: the smallest positive float16.
-TINY_ALPHA = 2.0**-24
-
 
 def linspace32(start: float, stop: float, n: int) -> Floats32:
     """n equidistant float32 numbers, counted from the nearer end with one rounding each, as torch does."""
@@ -64,9 +61,9 @@ def betas(config: SchedulerConfig) -> Floats32:
     elif config.beta_schedule == "linear":
         out = linspace32(start, end, n)
     elif config.beta_schedule == "scaled_linear":
-        out = (linspace32(start**0.5, end**0.5, n) ** 2).astype(np.float32)
+        out = np.square(linspace32(start**0.5, end**0.5, n)).astype(np.float32)
     elif config.beta_schedule == "sigmoid":
-        out = 1 / (1 + np.exp(-linspace32(-6, 6, n))) * np.float32(end - start) + np.float32(start)
+        out = (1 / (1 + np.exp(-linspace32(-6, 6, n))) * np.float32(end - start) + np.float32(start)).astype(np.float32)
     else:
         bar = _ALPHA_BAR[config.beta_schedule]
         out = np.array([min(1 - bar((i + 1) / n) / bar(i / n), 0.999) for i in range(n)], np.float32)
@@ -89,7 +86,7 @@ def alphas_cumprod(config: SchedulerConfig, *, finite_sigma: bool = False) -> Fl
     """ᾱ_t for each training timestep. `finite_sigma`: a zero at the end becomes the smallest float16."""
     bar = cumulated(betas(config))
     if finite_sigma and config.rescale_betas_zero_snr:
-        bar[-1] = TINY_ALPHA
+        bar[-1] = 2.0**-24
     return bar
 
 
@@ -154,7 +151,10 @@ def shaped(config: SchedulerConfig, low: float, high: float, steps: int) -> Floa
     """The sigmas between two ends that the configuration names, or None where it names none."""
     if config.use_karras_sigmas:
         return karras(low, high, steps)
-    if config.use_exponential_sigmas or config.use_lu_lambdas:  # Lu's are equidistant in λ = −log σ, too
+    if config.use_lu_lambdas:  # equidistant in λ = −log σ, between float32 logarithms; Lu et al., arXiv 2206.00927
+        first, last = float(np.log(np.float32(high))), float(np.log(np.float32(low)))
+        return np.exp(np.linspace(first, last, steps))
+    if config.use_exponential_sigmas:
         return exponential(low, high, steps)
     return beta_quantiles(low, high, steps) if config.use_beta_sigmas else None
 
