@@ -1,4 +1,4 @@
-"""Everything is declared in pyproject.toml; this file is where the CUDA extensions of csrc/ are built once there are any."""
+"""Everything is declared in pyproject.toml; the CUDA extensions of csrc/ will be built here once there are any."""
 
 from setuptools import setup
 
