@@ -202,6 +202,8 @@ def unet_config(data: Mapping[str, Any], where: str = "unet/config.json") -> UNe
         sample_size=_sample_size(r, 1, 1024, 64),
         added=_added_config(r),
     )
+    if config.freq_shift == channels[0] // 2:
+        raise r.fail("freq_shift", f"must not be half of {channels[0]} channels: the sinusoids would divide by zero")
     if config.added is not None and config.added.total_dim <= config.added.number_dim:
         raise r.fail("projection_class_embeddings_input_dim", "must exceed addition_time_embed_dim")
     r.flag("use_linear_projection", False)  # 1x1 convolutions are linear layers here: the weights tell

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastldm.errors import FileError
+from fastldm.errors import FileError, brief
 
 log = logging.getLogger("fastldm")
 
@@ -47,6 +47,6 @@ class Tokenizer:
         ids: list[int] = self.bpe.encode(prompt).ids
         if len(ids) > self.length:
             lost = self.bpe.decode(ids[self.length - 1 : -1])
-            log.warning("the prompt is longer than %d tokens; left out: %r", self.length, lost)
+            log.warning("the prompt is longer than %d tokens; left out: %s", self.length, brief(lost))
             ids = [*ids[: self.length - 1], self.eos]
         return ids + [self.pad] * (self.length - len(ids))

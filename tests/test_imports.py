@@ -54,7 +54,7 @@ ONLY: Mapping[str, set[str]] = {
     "config": {"errors"},
     "errors": set(),
 }
-LAZY_UNITS: Mapping[str, set[str]] = {"fastldm": {"pipeline"}}
+LAZY_UNITS: Mapping[str, set[str]] = {"fastldm": {"pipeline", "image", "sampling"}}
 
 # Other people's packages. Not named here: what pyproject.toml lists as needed at run time, without triton.
 IMPORT_NAMES = {"pillow": "PIL"}

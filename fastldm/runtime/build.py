@@ -7,11 +7,12 @@ import logging
 import torch
 
 from fastldm import config
-from fastldm.errors import ConfigError
+from fastldm.errors import ConfigError, brief
 from fastldm.model.clip import TextEncoder
 from fastldm.model.unet import UNet
 from fastldm.model.vae import AutoencoderKL
 from fastldm.runtime.engine import Engine
+from fastldm.sampling.config import CLASSES
 from fastldm.weights.files import ModelFolder
 from fastldm.weights.load import load
 
@@ -23,7 +24,13 @@ PIPELINES = (
     "StableDiffusionInpaintPipeline",
     "StableDiffusionInstructPix2PixPipeline",
 )
-COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+COMPONENTS: dict[str, tuple[str, ...]] = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "scheduler": tuple(CLASSES),
+}
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -57,10 +64,16 @@ def _check_index(folder: ModelFolder) -> None:
             field="_class_name",
         )
     for key, value in index.items():
-        given = isinstance(value, list) and value[:1] != [None]
-        if given and key not in COMPONENTS + UNUSED:
-            raise ConfigError(f"{where}: {key!r} is no component of {name}", field=key)
-        if given and key == "safety_checker":
+        if not isinstance(value, list) or value[:1] == [None]:
+            continue
+        if key not in COMPONENTS and key not in UNUSED:
+            raise ConfigError(f"{where}: {brief(key)} is no component of {name}", field=key)
+        if key in COMPONENTS and value[-1] not in COMPONENTS[key]:
+            raise ConfigError(
+                f"{where}: {key} = {brief(value)} is not supported; supported: {', '.join(COMPONENTS[key])}",
+                field=key,
+            )
+        if key == "safety_checker":
             log.warning("%s: the model's safety checker is not run", folder.root)
 
 

@@ -244,10 +244,8 @@ def sigma_grid(run: Run) -> Grid:
             raise ArgumentError("sigmas: must hold a step and its end, which alone may be 0", field="sigmas")
         t = sigma_to_t(sigmas[:-1], training)
     else:
-        if run.timesteps is not None:
-            t = given("timesteps", run.timesteps, 0, config.num_train_timesteps - 1)
-        else:
-            t = spaced(config, run.steps)
+        last_t, own = config.num_train_timesteps - 1, run.timesteps
+        t = spaced(config, run.steps) if own is None else given("timesteps", own, 0, last_t)
         t = t if config.kind == "dpm_sde" else single(t)
         sigmas = np.interp(t, np.arange(len(training)), training)
         if config.interpolation_type == "log_linear":
@@ -359,10 +357,8 @@ def solver_flow_sigmas(run: Run) -> Floats:
     config, total = run.config, run.config.num_train_timesteps
     if config.kind != "unipc":
         return shifted(1 - np.linspace(1, 1 / total, run.steps + 1), shift_of(run))[:0:-1]
-    if run.sigmas is None:
-        sigmas = np.linspace(1, 1 / total, run.steps + 1)[:-1]
-    else:
-        sigmas = given("sigmas", run.sigmas, 1e-6, 1.0)
+    even = np.linspace(1, 1 / total, run.steps + 1)[:-1]
+    sigmas = even if run.sigmas is None else given("sigmas", run.sigmas, 1e-6, 1.0)
     sigmas = stretched(shifted(sigmas, shift_of(run)), config.shift_terminal)
     sigmas[0] = min(sigmas[0], 1 - 1e-6)  # so that λ is finite
     return sigmas

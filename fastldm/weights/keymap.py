@@ -30,7 +30,8 @@ def addresses(model: nn.Module) -> dict[str, Address]:
             full = f"{path}.{name}" if path else name
             parent = f"{path.rpartition('.')[0]}." if "." in path else ""
             start = 0
-            for part, rows in getattr(module, "parts", None) or ((path.removeprefix(parent), len(parameter)),):
+            parts = getattr(module, "parts", None)
+            for part, rows in ((path.removeprefix(parent), len(parameter)),) if parts is None else parts:
                 hub = _hub_name(f"{parent}{part}.{name}", model)
                 if hub in table:
                     raise ValueError(f"{hub} would live at {table[hub].parameter} and at {full}")
