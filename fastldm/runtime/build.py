@@ -68,7 +68,7 @@ def _check_index(folder: ModelFolder) -> None:
             continue
         if key not in COMPONENTS and key not in UNUSED:
             raise ConfigError(f"{where}: {brief(key)} is no component of {name}", field=key)
-        if key in COMPONENTS and value[-1] not in COMPONENTS[key]:
+        if key in COMPONENTS and (len(value) != 2 or value[1] not in COMPONENTS[key]):
             raise ConfigError(
                 f"{where}: {key} = {brief(value)} is not supported; supported: {', '.join(COMPONENTS[key])}",
                 field=key,
