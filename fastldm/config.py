@@ -14,6 +14,7 @@ from fastldm.errors import ConfigError, brief
 
 MAX_CHANNELS = 8192
 MAX_LAYERS = 16
+MAX_BLOCKS = 512  # of a whole U-Net; SDXL has 65 and a middle of 10
 UNSET: Any = object()
 
 
@@ -202,6 +203,9 @@ def unet_config(data: Mapping[str, Any], where: str = "unet/config.json") -> UNe
         sample_size=_sample_size(r, 1, 1024, 64),
         added=_added_config(r),
     )
+    blocks = sum(level.layers * max(level.depth, 1) for level in (*config.down, *config.up))
+    if blocks > MAX_BLOCKS:
+        raise r.fail("transformer_layers_per_block", f"makes {blocks} blocks, over {MAX_BLOCKS}")
     if config.freq_shift == channels[0] // 2:
         raise r.fail("freq_shift", f"must not be half of {channels[0]} channels: the sinusoids would divide by zero")
     if config.added is not None and config.added.total_dim <= config.added.number_dim:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
 
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = 80
@@ -48,11 +47,3 @@ class WeightsError(Error, ValueError):
 
 class NonFiniteError(Error, ArithmeticError):
     """A computation gave NaN or infinity, so that its result would be a black picture."""
-
-
-class Unsupported(Error, NotImplementedError):
-    """An implementation of an op does not serve these arguments; it never quietly becomes another one."""
-
-    def __init__(self, op: str, shape: Sequence[int], dtype: object, reason: str) -> None:
-        super().__init__(f"{op} of shape {tuple(shape)} and {dtype} is not supported: {reason}", field=op)
-        self.op, self.shape, self.dtype, self.reason = op, tuple(shape), dtype, reason

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastldm import request, tasks
+from fastldm.errors import ArgumentError, brief
 from fastldm.image import Images, to_output, to_unit
 from fastldm.prompt import Tokenizer
 from fastldm.request import Generators, Geometry, Request
 from fastldm.runtime.build import engine_from
 from fastldm.runtime.engine import Engine
-from fastldm.sampling import SchedulerConfig, sampler_table, scheduler_config
+from fastldm.sampling import SamplerTable, SchedulerConfig, sampler_table, scheduler_config
 from fastldm.sampling.choice import chosen
 from fastldm.weights.files import open_model
 
@@ -38,6 +40,7 @@ class Pipeline:
         model: str | os.PathLike[str],
         *,
         torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         variant: str | None = None,
         revision: str | None = None,
@@ -47,10 +50,12 @@ class Pipeline:
     ) -> None:
         """
         model: a folder in diffusers' layout, or the id of one on the hub ("owner/name").
-        torch_dtype: of weights and activations; float32 where None. device: "cpu" where None.
+        torch_dtype, dtype (one of them): of weights and activations, float32 where None, bfloat16 or float16. With
+        float16 an autoencoder that says `force_upcast` runs in float32. device: "cpu" where None.
         variant: "fp16" picks `*.fp16.safetensors`. The others belong to the hub.
-        Raises `FileError`, `ConfigError` or `WeightsError`, naming the file and what is wrong with it.
+        Raises `ArgumentError` naming the argument; `FileError`, `ConfigError` or `WeightsError` naming the file.
         """
+        wanted = _dtype(torch_dtype, dtype), _device(device)
         folder = open_model(
             model,
             revision=revision,
@@ -59,10 +64,9 @@ class Pipeline:
             local_files_only=local_files_only,
             token=token,
         )
+        self._slicing, self._tiling = True, False
         self._scheduler = scheduler_config(folder.read_json("scheduler/scheduler_config.json"))
-        self._engine: Engine = engine_from(
-            folder, dtype=torch_dtype or torch.float32, device=torch.device(device or "cpu")
-        )
+        self._engine: Engine = engine_from(folder, dtype=wanted[0], device=wanted[1])
         self._tokenizer = Tokenizer.from_folder(folder.path("tokenizer"), self._engine.text_encoder.config.positions)
 
     @classmethod
@@ -155,7 +159,22 @@ class Pipeline:
         painted = self._paint(asked)
         if asked.output_type == "latent":
             return PipelineOutput(painted)
-        return PipelineOutput(self._finished(asked, self._engine.decode(painted)))
+        pixels = self._engine.decode(painted, slicing=self._slicing, tiling=self._tiling)
+        return PipelineOutput(self._finished(asked, pixels))
+
+    def enable_vae_slicing(self, enabled: bool = True) -> None:
+        """Decode one image of a batch at a time, with the memory of one. This is the default."""
+        self._slicing = enabled
+
+    def enable_vae_tiling(self, enabled: bool = True) -> None:
+        """Decode large images in overlapping tiles of the autoencoder's size: little memory, slightly other pixels."""
+        self._tiling = enabled
+
+    def disable_vae_slicing(self) -> None:
+        self.enable_vae_slicing(False)
+
+    def disable_vae_tiling(self) -> None:
+        self.enable_vae_tiling(False)
 
     def _geometry(self) -> Geometry:
         factor, unet = self._engine.vae.config.factor, self._engine.unet.config
@@ -168,19 +187,20 @@ class Pipeline:
 
     def _paint(self, asked: Request) -> Tensor:
         """The latents after the last step, (B, C, H, W), float32."""
-        table = sampler_table(
-            self._scheduler,
-            asked.steps,
-            eta=asked.eta,
-            timesteps=asked.timesteps,
-            sigmas=asked.sigmas,
-            begin=asked.begin,
-        )
+        table = self._table(asked)
         steps = self._engine.sample(tasks.job(self._engine, asked, table, self._states(asked)))
-        with tqdm(total=table.steps, disable=not sys.stderr.isatty(), leave=False) as bar:
+        with tqdm(total=table.steps, disable=not _on_a_terminal(), leave=False) as bar:
             for latents in steps:  # noqa: B007  the last is the result
                 bar.update()
-        return latents
+        return latents.clone()  # the plan's state is a larger buffer
+
+    def _table(self, asked: Request) -> SamplerTable:
+        """The sampler's table, from the step on at which `strength` begins."""
+        build = partial(sampler_table, self._scheduler, asked.steps, eta=asked.eta)
+        build = partial(build, timesteps=asked.timesteps, sigmas=asked.sigmas)
+        own = asked.timesteps is not None or asked.sigmas is not None
+        begin = asked.begin(build().steps if own else asked.steps)
+        return build(begin=begin)
 
     def _states(self, asked: Request) -> Tensor:
         """(G·B, L, width): what each branch reads, the fully conditioned one last."""
@@ -198,3 +218,32 @@ class Pipeline:
             assert isinstance(images, list)
             return source.crop.filled_in(images)
         return images
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _dtype(torch_dtype: object, dtype: object) -> torch.dtype:
+    if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
+        raise ArgumentError(f"dtype = {brief(dtype)}: torch_dtype says {brief(torch_dtype)}", field="dtype")
+    name, value = ("dtype", dtype) if torch_dtype is None else ("torch_dtype", torch_dtype)
+    value = torch.float32 if value is None else value
+    if not isinstance(value, torch.dtype) or value not in DTYPES:
+        raise ArgumentError(f"{name} = {brief(value)}: must be one of {', '.join(map(str, DTYPES))}", field=name)
+    return value
+
+
+def _device(value: object) -> torch.device:
+    try:
+        device = torch.device("cpu" if value is None else value)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError):
+        raise ArgumentError(f'device = {brief(value)}: must be "cpu", "cuda" or "cuda:N"', field="device") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ArgumentError(f'device = {brief(value)}: must be "cpu", "cuda" or "cuda:N"', field="device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ArgumentError(f"device = {brief(value)}: there are {torch.cuda.device_count()} GPUs here", field="device")
+    return device
+
+
+def _on_a_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()

@@ -72,10 +72,12 @@ class Request:
         """Whether unconditional branches are computed: guidance of 1 is the conditional branch alone."""
         return self.guidance_scale > 1 and (self.task != "instruct" or self.image_guidance_scale >= 1)
 
-    @property
-    def begin(self) -> int:
-        """The first step that is run: with strength s, the last int(s · N) of N steps are."""
-        return 0 if self.source is None else self.steps - int(self.steps * self.source.strength)
+    def begin(self, steps: int) -> int:
+        """The first of `steps` steps that is run: with strength s, the last int(s · steps) are."""
+        strength = 1.0 if self.source is None else self.source.strength
+        if int(steps * strength) < 1:
+            raise _wrong("strength", strength, f"leaves none of {steps} steps")
+        return steps - int(steps * strength)
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def checked(
             geometry,
             image=image,
             mask_image=mask_image,
-            strength=_strength(task, strength, steps),
+            strength=_strength(task, strength),
             size=None if own_size else size,
             padding_mask_crop=padding_mask_crop,
             overlay=_overlay(overlay, output_type, padding_mask_crop),
@@ -147,7 +149,7 @@ def checked(
         _check_counts(source, len(prompts))
         size = source.size
     shape = (geometry.channels, *(side // geometry.factor for side in size))
-    return Request(
+    asked = Request(
         task=task,
         prompts=prompts,
         negative_prompts=_negative_prompts(negative_prompt, len(prompts)),
@@ -169,6 +171,9 @@ def checked(
         masked_image_latents=_masked_latents(masked_image_latents, geometry, shape, len(prompts)),
         output_type=str(output_type),
     )
+    if timesteps is None and sigmas is None:
+        asked.begin(steps)
+    return asked
 
 
 def _task(geometry: Geometry, image: object, mask_image: object) -> Task:
@@ -202,7 +207,7 @@ def _schedule(
         raise ArgumentError("timesteps: give timesteps or sigmas, not both", field="timesteps")
     number = _integer("num_inference_steps", DEFAULTS[task].steps if steps is None else steps, 1, MAX_STEPS)
     own = {"timesteps": _numbers("timesteps", timesteps), "sigmas": _numbers("sigmas", sigmas)}
-    count = next((len(values) for values in own.values() if values is not None), number)
+    count = next((min(len(values), MAX_STEPS) for values in own.values() if values is not None), number)
     return count, own["timesteps"], own["sigmas"]
 
 
@@ -212,16 +217,14 @@ def _numbers(name: str, value: object) -> tuple[float, ...] | None:
     if isinstance(value, Tensor):
         value = value.tolist()
     values = value.tolist() if isinstance(value, np.ndarray) else value
-    if not isinstance(values, list | tuple) or not 1 <= len(values) <= MAX_STEPS:
-        raise _wrong(name, value, f"must be a list of 1 to {MAX_STEPS} numbers")
+    most = MAX_STEPS + (name == "sigmas")  # some samplers take the one behind the last step, too
+    if not isinstance(values, list | tuple) or not 1 <= len(values) <= most:
+        raise _wrong(name, value, f"must be a list of 1 to {most} numbers")
     return tuple(_number(name, v, 0, 1e6) for v in values)
 
 
-def _strength(task: Task, value: object, steps: int) -> float:
-    strength = _number("strength", DEFAULTS[task].strength if value is None else value, 0, 1)
-    if int(steps * strength) < 1:
-        raise _wrong("strength", value, f"leaves none of {steps} steps")
-    return strength
+def _strength(task: Task, value: object) -> float:
+    return _number("strength", DEFAULTS[task].strength if value is None else value, 0, 1)
 
 
 def _overlay(value: object, output_type: object, padding_mask_crop: object) -> bool:

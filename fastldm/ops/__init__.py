@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from types import ModuleType
 from typing import Any, Literal, overload
 
@@ -106,6 +107,7 @@ def using(default: str, *, want_stats: bool | None = None, **overrides: str) -> 
         _selection.reset(token)
 
 
+@cache
 def implementation(name: str) -> ModuleType:
     """The module that implements the contract under `name`."""
     return importlib.import_module(f"fastldm.ops.{name}")

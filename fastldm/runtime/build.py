@@ -48,9 +48,14 @@ def engine_from(folder: ModelFolder, *, dtype: torch.dtype, device: torch.device
     ):
         return Engine(
             unet=load(lambda: UNet(unet), unet_tensors, dtype=dtype, device=device),
-            vae=load(lambda: AutoencoderKL(vae), vae_tensors, dtype=dtype, device=device),
+            vae=load(lambda: AutoencoderKL(vae), vae_tensors, dtype=vae_dtype(vae, dtype), device=device),
             text_encoder=load(lambda: TextEncoder(text), text_tensors, dtype=dtype, device=device),
         )
+
+
+def vae_dtype(vae: config.VAEConfig, dtype: torch.dtype) -> torch.dtype:
+    """float32 instead of float16 for an autoencoder whose activations leave float16's range (`force_upcast`)."""
+    return torch.float32 if dtype == torch.float16 and vae.force_upcast else dtype
 
 
 def _check_index(folder: ModelFolder) -> None:
@@ -73,8 +78,8 @@ def _check_index(folder: ModelFolder) -> None:
                 f"{where}: {key} = {brief(value)} is not supported; supported: {', '.join(COMPONENTS[key])}",
                 field=key,
             )
-        if key == "safety_checker":
-            log.warning("%s: the model's safety checker is not run", folder.root)
+        if key in ("safety_checker", "image_encoder"):
+            log.warning("%s: the model's %s is not run", folder.root, key.replace("_", " "))
 
 
 def _check_together(unet: config.UNetConfig, vae: config.VAEConfig, text: config.TextConfig) -> None:
@@ -89,5 +94,10 @@ def _check_together(unet: config.UNetConfig, vae: config.VAEConfig, text: config
         if value not in allowed:
             field = f"unet/config.json: {key}"
             raise ConfigError(f"{field} = {value} must be {' or '.join(map(str, allowed))}: {what}", field=field)
+    if (vae.in_channels, vae.out_channels) != (3, 3):
+        raise ConfigError(
+            f"vae/config.json: in_channels = {vae.in_channels}, out_channels = {vae.out_channels}: images have 3",
+            field="vae/config.json: out_channels",
+        )
     if unet.added is not None:
         raise ConfigError("unet/config.json: addition_embed_type: SDXL cannot be painted yet", field="unet/config.json")
