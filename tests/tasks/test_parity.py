@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import PIL.Image
 import pytest
+import torch
 
 from tests.pipeline.pairs import Pair
 from tests.tasks.conftest import noise_picture
@@ -90,8 +92,6 @@ def test_inpainting_resizes_to_height_and_width(
 def test_inpainting_with_masked_image_latents(
     task: Callable[[str], Pair], picture: PIL.Image.Image, mask: PIL.Image.Image
 ) -> None:
-    import torch
-
     given = torch.randn(1, 4, 16, 24)
     call = {"image": picture, "mask_image": mask, "height": 32, "width": 48, "num_inference_steps": 2}
     assert errors(task("inpaint_9"), prompt=PROMPTS[0], masked_image_latents=given, **call)[0] <= LATENTS
@@ -103,6 +103,41 @@ def test_instruct_pix2pix(task: Callable[[str], Pair], picture: PIL.Image.Image,
     latents, images = errors(task("instruct"), prompt=PROMPTS, image=picture, negative_prompt=["x", "y"], **call)
     assert latents <= LATENTS
     assert images <= IMAGES
+
+
+@pytest.mark.parametrize("name", ["instruct", "inpaint_9"])
+def test_models_that_see_the_picture_with_a_stochastic_sampler(
+    task: Callable[[str], Pair], picture: PIL.Image.Image, mask: PIL.Image.Image, name: str
+) -> None:
+    """Scaled inputs, noise in every step, two images of a prompt, a generator for each."""
+    pair, kept = task(name), (task(name).ref.scheduler, task(name).fast.scheduler)
+    extra = {"mask_image": mask, "height": 32, "width": 48} if name == "inpaint_9" else {}
+    try:
+        pair.ref.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(pair.ref.scheduler.config)
+        pair.fast.scheduler = pair.ref.scheduler
+        call = {"num_images_per_prompt": 2, "seed": [4, 5], "num_inference_steps": 4, **extra}
+        assert errors(pair, prompt=PROMPTS[0], image=picture, **call)[0] <= LATENTS
+    finally:
+        pair.ref.scheduler, pair.fast.scheduler = kept
+
+
+@pytest.mark.parametrize("sampler", ["DPMSolverSDEScheduler", "IPNDMScheduler", "EDMEulerScheduler"])
+def test_samplers_of_other_habits(task: Callable[[str], Pair], sampler: str) -> None:
+    """Brownian noise from torchsde, a history of four, and another preconditioning."""
+    pair, kind = task("image_to_image"), getattr(diffusers, sampler)
+    extra = {"noise_sampler_seed": 0} if sampler == "DPMSolverSDEScheduler" else {}
+    scheduler = kind.from_config(pair.ref.scheduler.config, **extra)
+    text = diffusers.StableDiffusionPipeline(
+        **{**pair.ref.components, "scheduler": scheduler}, requires_safety_checker=False
+    )
+    text.set_progress_bar_config(disable=True)
+    kept = pair.fast.scheduler
+    try:
+        pair.fast.scheduler = scheduler
+        call = {"prompt": PROMPTS[0], "num_inference_steps": 6, "height": 16, "width": 24}
+        assert errors(Pair(text, pair.fast, pair.folder), **call)[0] <= LATENTS
+    finally:
+        pair.fast.scheduler = kept
 
 
 SAMPLERS = [
@@ -129,8 +164,6 @@ def test_every_sampler_paints_what_diffusers_paints(
     task: Callable[[str], Pair], picture: PIL.Image.Image, mask: PIL.Image.Image, sampler: str
 ) -> None:
     """Text to image, image to image and inpainting, through `pipe.scheduler = X.from_config(pipe.scheduler.config)`."""
-    import diffusers
-
     kind = getattr(diffusers, sampler)
     for name, extra in (
         ("image_to_image", {"image": picture, "strength": 0.75}),
