@@ -67,7 +67,10 @@ class Pipeline:
         self._slicing, self._tiling = True, False
         self._scheduler = scheduler_config(folder.read_json("scheduler/scheduler_config.json"))
         self._engine: Engine = engine_from(folder, dtype=wanted[0], device=wanted[1])
-        self._tokenizer = Tokenizer.from_folder(folder.path("tokenizer"), self._engine.text_encoder.config.positions)
+        text = self._engine.text_encoder.config
+        self._tokenizer = Tokenizer.from_folder(
+            folder, "tokenizer", positions=text.positions, vocab_size=text.vocab_size
+        )
 
     @classmethod
     def from_pretrained(cls, model: str | os.PathLike[str], **options: Any) -> Pipeline:

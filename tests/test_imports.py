@@ -35,7 +35,7 @@ ARROWS: Mapping[str, set[str]] = {
     "weights": {"ops"},
     "quantize": {"ops"},
     "ops": {"kernels", "_C"},
-    "prompt": set(),
+    "prompt": {"weights"},
     "image": set(),
     "sampling": set(),
     "kernels": set(),

@@ -39,6 +39,7 @@ _HUB_ADVICE = {
     "RevisionNotFoundError": "it has no such revision: check revision=",
 }
 _VARIANT = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
+_BLOB = re.compile(r"[0-9a-f]{40,64}")  # the hub's checksum of the file: SHA-1 or SHA-256
 _PART = re.compile(r"[A-Za-z0-9_][\w.+ -]{0,254}", re.ASCII)
 _NOT_BLOCKING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a FIFO would wait for its writer
 
@@ -79,7 +80,7 @@ class ModelFolder:
     def __init__(self, root: str | os.PathLike[str], variant: str | None = None) -> None:
         self.root = Path(os.path.realpath(root))
         self.variant = variant
-        self._places = (self.root, *_hub_blobs(self.root))
+        self._blobs = _hub_blobs(self.root)
 
     def has(self, relative: str) -> bool:
         """Whether there is a file or folder of that name, readable or not."""
@@ -89,7 +90,8 @@ class ModelFolder:
         """The checked place of a file or folder, for libraries that open files themselves."""
         named = self._named(relative)
         real = Path(os.path.realpath(named))
-        if not any(real.is_relative_to(place) for place in self._places):
+        is_blob = real.parent == self._blobs and _BLOB.fullmatch(real.name)
+        if not real.is_relative_to(self.root) and not is_blob:
             raise FileError(f"{named} is a link that leads out of the model's folder: put the file itself there")
         return real
 
@@ -99,10 +101,14 @@ class ModelFolder:
 
     def read_json(self, relative: str) -> dict[str, Any]:
         """One JSON object of at most 1 MiB, read strictly (see `strict_json`)."""
+        return strict_json(self.read_bytes(relative, MAX_JSON), str(self._named(relative)), JSON_DEPTH)
+
+    def read_bytes(self, relative: str, limit: int) -> bytes:
+        """All of a file of at most `limit` bytes."""
         with self.open(relative) as file:
-            if file.size > MAX_JSON:
-                raise FileError(f"{file.where} has {file.size} bytes; at most {MAX_JSON} are allowed")
-            return strict_json(file.read(file.size, 0), file.where, JSON_DEPTH)
+            if file.size > limit:
+                raise FileError(f"{file.where} has {file.size} bytes; at most {limit} are allowed")
+            return file.read(file.size, 0)
 
     def tensors(self, component: str, stem: str | None = None) -> TensorFiles:
         """The weights of a component ("unet"): one file, or the shards that an index lists.
@@ -277,12 +283,16 @@ def _parts(relative: str, where: str) -> list[str]:
     return parts
 
 
-def _hub_blobs(root: Path) -> list[Path]:
-    """Where the links of a snapshot in the hub's cache, models--owner--name/snapshots/<revision>/, lead."""
+def _hub_blobs(root: Path) -> Path | None:
+    """Where the links of a snapshot in the hub's cache, models--owner--name/snapshots/<revision>/, lead.
+
+    None where that is itself a link: such a folder is not the hub's, and could lead anywhere.
+    """
     for place in (root, *root.parents):
         if place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--"):
-            return [Path(os.path.realpath(place.parent.parent / "blobs"))]
-    return []
+            blobs = place.parent.parent / "blobs"
+            return blobs if blobs.is_dir() and not blobs.is_symlink() else None
+    return None
 
 
 def _weight_names(stem: str, variant: str | None) -> list[str]:

@@ -666,6 +666,39 @@ def test_a_folder_that_only_looks_like_a_snapshot_gains_nothing(root: Path, tmp_
     refused(tmp_path / "snapshots/x", "leads out of the model's folder")
 
 
+@pytest.mark.parametrize("blobs", ["/", "../outside", "../models--other--model/blobs", None])
+def test_a_snapshot_whose_blobs_are_a_link_gains_nothing(root: Path, tmp_path: Path, blobs: str | None) -> None:
+    """A folder may come from anyone, also one that looks like the hub's cache."""
+    repo = tmp_path / "models--a--b"
+    (repo / "snapshots").mkdir(parents=True)
+    for outside in (tmp_path / "outside", tmp_path / "models--other--model/blobs"):
+        outside.mkdir(parents=True)
+        shutil.copy(root / f"unet/{STEM}.safetensors", outside / REVISION)
+    if blobs is not None:
+        (repo / "blobs").symlink_to(blobs)
+        assert (repo / "blobs").is_dir()
+    root.rename(repo / "snapshots/c")
+    place = repo / f"snapshots/c/unet/{STEM}.safetensors"
+    for target in (tmp_path / "outside", tmp_path / "models--other--model/blobs", repo / "blobs"):
+        link(place, target / REVISION)
+        if target.exists() and (target / REVISION).exists():
+            refused(repo / "snapshots/c", "leads out of the model's folder")
+
+
+@pytest.mark.parametrize(
+    "name", ["w", "x" * 40, "0" * 39, "0" * 65, "A" * 40, f"{'0' * 40}.incomplete", f"in/{'0' * 40}", ""]
+)
+def test_only_what_the_hub_calls_a_blob_is_one(cache: Path, name: str) -> None:
+    snapshot = cache / "models--some-one--model.v1/snapshots" / REVISION
+    place = snapshot / f"unet/{STEM}.safetensors"
+    target = cache / "models--some-one--model.v1/blobs" / name
+    target.parent.mkdir(exist_ok=True)
+    if name:
+        shutil.copy(place.resolve(), target)
+    link(place, target)
+    refused(snapshot, "leads out of the model's folder")
+
+
 # ------------------------------------------------------------------------------------------ the hub's errors
 
 
