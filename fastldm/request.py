@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from fastldm.errors import ArgumentError, brief
-from fastldm.image import MAX_SIDE, OUTPUT_TYPES
+from fastldm.image import MAX_COUNT, MAX_SIDE, OUTPUT_TYPES
 from fastldm.source import Source, read_source
 
 MAX_PROMPT_BYTES = 64 << 10
 MAX_PIXELS = 4096 * 4096
-MAX_IMAGES = 16
+MAX_IMAGES = MAX_COUNT
 MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -130,7 +130,8 @@ def checked(
     task = _task(geometry, image, mask_image)
     steps, given_timesteps, given_sigmas = _schedule(task, num_inference_steps, timesteps, sigmas)
     _only_with(task, ("inpaint",), padding_mask_crop=padding_mask_crop, masked_image_latents=masked_image_latents)
-    _only_with(task, ("inpaint",), overlay=overlay or None)
+    kept = _flag("overlay", overlay)
+    _only_with(task, ("inpaint",), overlay=kept or None)
     _only_with(task, ("image_to_image", "inpaint"), strength=strength)
     _only_with(task, ("instruct",), image_guidance_scale=image_guidance_scale)
     size = _size(geometry, height, width)
@@ -143,8 +144,8 @@ def checked(
             mask_image=mask_image,
             strength=_strength(task, strength),
             size=None if own_size else size,
-            padding_mask_crop=padding_mask_crop,
-            overlay=_overlay(overlay, output_type, padding_mask_crop),
+            padding_mask_crop=_padding(padding_mask_crop, output_type),
+            overlay=_overlay(kept, output_type),
         )
         _check_counts(source, len(prompts))
         size = source.size
@@ -214,7 +215,7 @@ def _schedule(
 def _numbers(name: str, value: object) -> tuple[float, ...] | None:
     if value is None:
         return None
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and _is_plain(value):
         value = value.tolist()
     values = value.tolist() if isinstance(value, np.ndarray) else value
     most = MAX_STEPS + (name == "sigmas")  # some samplers take the one behind the last step, too
@@ -227,14 +228,18 @@ def _strength(task: Task, value: object) -> float:
     return _number("strength", DEFAULTS[task].strength if value is None else value, 0, 1)
 
 
-def _overlay(value: object, output_type: object, padding_mask_crop: object) -> bool:
-    if not isinstance(value, bool):
-        raise _wrong("overlay", value, "must be True or False")
+def _overlay(value: bool, output_type: str) -> bool:
     if value and output_type == "latent":
         raise _wrong("overlay", value, "needs pixels, output_type is 'latent'")
-    if padding_mask_crop is not None and output_type != "pil":
-        raise _wrong("output_type", output_type, "must be 'pil' with padding_mask_crop")
     return value
+
+
+def _padding(value: object, output_type: str) -> int | None:
+    if value is None:
+        return None
+    if output_type != "pil":
+        raise _wrong("output_type", output_type, "must be 'pil' with padding_mask_crop")
+    return _integer("padding_mask_crop", value, 0, MAX_SIDE)
 
 
 def _check_counts(source: Source, prompts: int) -> None:
@@ -266,9 +271,22 @@ def _wrong(name: str, value: object, reason: str) -> ArgumentError:
 
 def _scalar(value: object) -> int | float | None:
     """A number, also NumPy's or a tensor's without dimensions; None for what is none, bools and strings among them."""
+    if isinstance(value, Tensor) and not _is_plain(value):
+        return None
     if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0:
         value = value.item()
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise _wrong(name, value, "must be True or False")
+    return bool(value)
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Whether a tensor's values can be read: not on meta, not sparse."""
+    return not t.is_meta and t.layout == torch.strided
 
 
 def _integer(name: str, value: object, low: int, high: int) -> int:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from fastldm.errors import ArgumentError
-from fastldm.image import Box, crop_box, filled, overlaid, read_images, resized
+from fastldm.image import MAX_COUNT, Box, crop_box, filled, load, overlaid, read_images, resized
 
 PAINTED = 0.5  # a mask's pixel at or above is painted
-MAX_PADDING = 4096
 
 
 class Factor(Protocol):
@@ -72,7 +71,7 @@ def read_source(
     mask_image: object,
     strength: float,
     size: tuple[int, int] | None,
-    padding_mask_crop: object,
+    padding_mask_crop: int | None,
     overlay: bool,
 ) -> Source:
     """size: (height, width) that the caller asked for: PIL images are resized to it, others must have it.
@@ -82,7 +81,7 @@ def read_source(
     if padding_mask_crop is not None:
         return _cropped(image, mask_image, strength, size, padding_mask_crop)
     if size is not None:
-        image, mask_image = _resized(image, size), _resized(mask_image, size)
+        image, mask_image = _resized(image, "image", size), _resized(mask_image, "mask_image", size)
     pixels = torch.stack(read_images(image, "image", channels=3))
     found = pixels.shape[2], pixels.shape[3]
     if size is not None and found != size:
@@ -111,29 +110,33 @@ def _read_mask(value: object, pixels: Tensor) -> Tensor:
     return mask
 
 
-def _resized(value: object, size: tuple[int, int]) -> object:
-    if isinstance(value, PIL.Image.Image):
-        return value if value.size == size[::-1] else resized(value, size[1], size[0])
-    return [_resized(v, size) for v in value] if isinstance(value, list | tuple) else value
+def _resized(value: object, name: str, size: tuple[int, int]) -> object:
+    if isinstance(value, list | tuple) and len(value) <= MAX_COUNT:
+        return [_resized_one(v, name, size) for v in value]
+    return _resized_one(value, name, size)
 
 
-def _cropped(image: object, mask: object, strength: float, size: tuple[int, int] | None, padding: object) -> Source:
-    if isinstance(padding, bool) or not isinstance(padding, int) or not 0 <= padding <= MAX_PADDING:
-        raise ArgumentError(
-            f"padding_mask_crop = {padding!r}: must be an integer from 0 to {MAX_PADDING}", field="padding_mask_crop"
-        )
+def _resized_one(value: object, name: str, size: tuple[int, int]) -> object:
+    if not isinstance(value, PIL.Image.Image) or value.size == size[::-1]:
+        return value
+    return resized(value, size[1], size[0], name)
+
+
+def _cropped(image: object, mask: object, strength: float, size: tuple[int, int] | None, padding: int) -> Source:
     for name, value in (("image", image), ("mask_image", mask)):
         if not isinstance(value, PIL.Image.Image):
             raise ArgumentError(
                 f"{name}: must be one PIL image with padding_mask_crop, not {type(value).__name__}", field=name
             )
+        load(value, name)
     assert isinstance(image, PIL.Image.Image)
     assert isinstance(mask, PIL.Image.Image)
     assert size is not None
     if image.size != mask.size:
         raise ArgumentError(f"mask_image: is {mask.size}, the image is {image.size}", field="mask_image")
     box = crop_box(mask, size[1], size[0], padding)
-    pieces = [filled(piece.crop(box), size[1], size[0]) for piece in (image, mask)]
-    pixels = torch.stack(read_images(pieces[0], "image", channels=3))
-    soft = torch.stack(read_images(pieces[1], "mask_image", channels=1))
+    pixels, soft = (
+        torch.stack(read_images(filled(piece.crop(box), size[1], size[0], name), name, channels=channels))
+        for piece, name, channels in ((image, "image", 3), (mask, "mask_image", 1))
+    )
     return Source(pixels, strength, soft, crop=Crop(image, mask, box))

@@ -6,9 +6,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from diffusers.image_processor import VaeImageProcessor
 
 from fastldm.errors import ArgumentError
-from fastldm.image import read_images
+from fastldm.image import as_mask8, as_rgb8, crop_box, filled, overlaid, read_images, resized
 
 RNG = np.random.default_rng(0)
 BYTES = RNG.integers(0, 256, (6, 5, 3), dtype=np.uint8)
@@ -86,3 +87,85 @@ def test_what_is_no_picture_is_named(value: object) -> None:
     with pytest.raises(ArgumentError) as error:
         read_images(value, "mask_image", channels=3)
     assert error.value.field == "mask_image"
+
+
+# --------------------------------------------------------------------------------------------------------- sixteen bits
+
+
+def sixteen(values: np.ndarray, mode: str) -> PIL.Image.Image:
+    if mode == "I":
+        return PIL.Image.fromarray(values.astype(np.int32))
+    order = ">u2" if mode == "I;16B" else "<u2"
+    return PIL.Image.frombytes(mode, values.shape[::-1], values.astype(order).tobytes())
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16L", "I;16B", "I"])
+def test_sixteen_bits_become_eight_by_rounding(mode: str) -> None:
+    values = np.random.default_rng(1).integers(0, 65536, (7, 9))
+    image, eight = sixteen(values, mode), (values / 65535 * 255).round().astype(np.uint8)
+    assert image.mode == mode
+    assert torch.allclose(read(image)[0], torch.from_numpy(values / 65535).float(), atol=1e-7)
+    assert (np.asarray(as_rgb8(image, "image")) == eight[..., None]).all()
+    assert (np.asarray(as_mask8(image, "image")) == eight).all()
+    expected = PIL.Image.fromarray(eight)
+    assert resized(image, 5, 4, "image") == expected.resize((5, 4), PIL.Image.Resampling.LANCZOS)
+    black = PIL.Image.new("L", (9, 7), 0)
+    assert overlaid(image, RGB, black, (0, 0, 9, 7)) == expected.convert("RGB")
+    mask = sixteen(np.pad(np.array([[200]]), ((2, 4), (3, 5))), mode)  # 0.8 of 255: black once rounded to 1
+    assert crop_box(mask, 8, 8, 0) == (3, 2, 4, 3)
+
+
+@pytest.mark.parametrize("values", [(-1, 5), (0, 65536), (-(2**31), 2**31 - 1)])
+def test_mode_i_beyond_sixteen_bits_is_named(values: tuple[int, int]) -> None:
+    image = PIL.Image.fromarray(np.array([values], np.int32))
+    for use in (read, lambda i: as_rgb8(i, "image"), lambda i: resized(i, 8, 8, "image")):
+        with pytest.raises(ArgumentError, match=r"0\.\.65535") as error:
+            use(image)
+        assert error.value.field == "image"
+
+
+# -------------------------------------------------------------------------------------------------- as diffusers has it
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_a_random_crop_is_diffusers(seed: int) -> None:
+    """Box, filled picture and filled mask to the bit; the overlay to its rounding of alpha, and no bit where black."""
+    rng = np.random.default_rng(seed)
+    theirs = VaeImageProcessor()
+    (w, h), (width, height) = rng.integers(2, 90, 2).tolist(), (8 * rng.integers(1, 12, 2)).tolist()
+    left, top = rng.integers(0, w), rng.integers(0, h)
+    array = np.zeros((h, w), np.uint8)
+    array[top : rng.integers(top, h) + 1, left : rng.integers(left, w) + 1] = (
+        255 if seed % 2 else rng.integers(128, 256)
+    )
+    mask = PIL.Image.fromarray(array)
+    mask = mask.convert("1") if seed % 5 == 0 else mask
+    picture, painted = (
+        PIL.Image.fromarray(rng.integers(0, 256, (*s, 3), dtype=np.uint8)) for s in ((h, w), (height, width))
+    )
+    padding = int(rng.integers(0, 20))
+    box = crop_box(mask, width, height, padding)
+    assert box == theirs.get_crop_region(mask, width, height, padding)
+    (inner_w, inner_h), ratio = (box[2] - box[0], box[3] - box[1]), width / height
+    if min(inner_h * width // inner_w, inner_w * height // inner_h) == 0:  # where diffusers' resize raises
+        assert inner_w / inner_h != ratio
+        assert filled(picture.crop(box), width, height, "image").size == (width, height)
+        return
+    assert filled(picture.crop(box), width, height, "image") == theirs._resize_and_fill(
+        picture.crop(box), width, height
+    )
+    assert filled(mask.crop(box), width, height, "mask_image") == theirs._resize_and_fill(mask.crop(box), width, height)
+    mine, other = overlaid(picture, painted, mask, box), theirs.apply_overlay(mask, picture, painted, box)
+    assert np.abs(np.asarray(mine).astype(int) - np.asarray(other)).max() <= 1
+    black = np.asarray(mask.convert("L")) == 0
+    assert (np.asarray(mine)[black] == np.asarray(picture)[black]).all()
+
+
+@pytest.mark.parametrize("size", [(300, 1), (1, 300), (4000, 1), (1, 4000)])
+def test_a_box_of_one_row_is_filled(size: tuple[int, int]) -> None:
+    picture, mask = PIL.Image.new("RGB", size, (9, 8, 7)), PIL.Image.new("L", size, 255)
+    box = crop_box(mask, 64, 48, 0)
+    assert box == (0, 0, *size)
+    whole = filled(picture.crop(box), 64, 48, "image")
+    assert whole == PIL.Image.new("RGB", (64, 48), (9, 8, 7))
+    assert overlaid(picture, whole, mask, box) == picture

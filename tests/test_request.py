@@ -200,7 +200,7 @@ def pipeline(unet: Any = SD15_UNET, vae: Any = SD_VAE) -> Pipeline:
     engine.unet, engine.vae = Explodes(), Explodes()
     engine.unet.config, engine.vae.config = unet, vae
     pipe = object.__new__(Pipeline)
-    pipe.__dict__.update(scheduler=Explodes(), _engine=engine, _tokenizer=Explodes())
+    pipe.__dict__.update(_scheduler=Explodes(), _engine=engine, _tokenizer=Explodes())
     return pipe
 
 
