@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from fastldm.config import Reader
@@ -264,7 +263,7 @@ _PASSED_OVER = frozenset(
     {"dynamic_thresholding_ratio", "sample_max_value", "skip_prk_steps", "clip_sample", "trained_betas"}
 )
 _DPM_TYPES = ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")
-_ALGORITHMS: dict[str, tuple[str, ...]] = {
+ALGORITHMS: dict[str, tuple[str, ...]] = {
     "dpm_multistep": (*_DPM_TYPES, "deis"),
     "dpm_singlestep": ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "deis"),
     "edm_dpm_multistep": ("dpmsolver++", "sde-dpmsolver++", "deis"),
@@ -301,7 +300,7 @@ def scheduler_config(data: Mapping[str, Any], where: str = "scheduler/scheduler_
         values.pop(key, None)
     if kind in _OWN_PREDICTION:
         values["prediction_type"] = _OWN_PREDICTION[kind]
-    return SchedulerConfig(kind, **values, given=MappingProxyType(dict(r.data)))
+    return SchedulerConfig(kind, **values, given=dict(r.data))
 
 
 def _explicit(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -420,7 +419,7 @@ def _solver_type(r: Reader, kind: str, default: Any) -> str:
 
 
 def _algorithm_type(r: Reader, kind: str, default: Any) -> str:
-    value = str(r.choice("algorithm_type", _ALGORITHMS[kind], default))
+    value = str(r.choice("algorithm_type", ALGORITHMS[kind], default))
     if kind == "deis":
         return "deis"
     return "dpmsolver++" if value == "deis" else value
@@ -484,4 +483,4 @@ def _together(r: Reader, kind: str, values: Mapping[str, Any]) -> None:
         raise r.fail("final_sigmas_type", f"must be 'sigma_min' for algorithm_type {values['algorithm_type']!r}")
 
 
-__all__ = ["CLASSES", "ConfigError", "SchedulerConfig", "scheduler_config"]
+__all__ = ["ALGORITHMS", "CLASSES", "ConfigError", "SchedulerConfig", "scheduler_config"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastldm.errors import ArgumentError
-from fastldm.sampling.config import CLASSES, FLOW_KINDS, SchedulerConfig, scheduler_config
+from fastldm.sampling.config import ALGORITHMS, CLASSES, FLOW_KINDS, SchedulerConfig, scheduler_config
 
 # name: the hub's class, what differs from its defaults, one line for people.
 NAMES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -26,7 +26,17 @@ NAMES: dict[str, tuple[str, dict[str, Any], str]] = {
         {"algorithm_type": "sde-dpmsolver++"},
         "DPM-Solver++ of order 2 with fresh noise in each step",
     ),
+    "dpm_2m": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+        "DPM-Solver of order 2 without ++: in the noise, not the image",
+    ),
     "dpmpp_2s": ("DPMSolverSinglestepScheduler", {}, "DPM-Solver++ of order 2 in pairs of steps"),
+    "dpmpp_3s": (
+        "DPMSolverSinglestepScheduler",
+        {"solver_order": 3},
+        "DPM-Solver++ of order 3 in threes of steps",
+    ),
     "dpmpp_sde": ("DPMSolverSDEScheduler", {}, "DPM-Solver++ on Brownian noise, two calls a step; needs torchsde"),
     "unipc": ("UniPCMultistepScheduler", {}, "predictor and corrector of order 2; good at 10 steps"),
     "unipc_3": ("UniPCMultistepScheduler", {"solver_order": 3}, "predictor and corrector of order 3"),
@@ -49,7 +59,8 @@ EDM_CLASSES = {
     "EulerDiscreteScheduler": "EDMEulerScheduler",
     "DPMSolverMultistepScheduler": "EDMDPMSolverMultistepScheduler",
 }
-# What belongs to the model and stays when the sampler changes: always, or where it was given.
+# What belongs to the model: written out when the sampler changes, because the next class may have another default.
+# Whatever else was read travels along as it was, as with diffusers' `X.from_config`.
 MODEL: tuple[str, ...] = (
     "num_train_timesteps",
     "beta_start",
@@ -58,18 +69,29 @@ MODEL: tuple[str, ...] = (
     "trained_betas",
     "prediction_type",
 )
-GIVEN = (
-    "timestep_spacing",
-    "steps_offset",
-    "rescale_betas_zero_snr",
-    "clip_sample",
-    "clip_sample_range",
-    "set_alpha_to_one",
-    "original_inference_steps",
-    "timestep_scaling",
-)
 FLOW = ("num_train_timesteps", "use_dynamic_shifting", "time_shift_type", "shift_terminal")
 EDM = ("num_train_timesteps", "prediction_type", "sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho")
+# What a name decides: the former sampler's value does not hold for a class that has the key, ...
+DECIDED = frozenset(
+    {
+        "algorithm_type",
+        "solver_type",
+        "solver_order",
+        "predictor_order",
+        "corrector_order",
+        "predict_x0",
+        "disable_corrector",
+        "lower_order_final",
+        "euler_at_final",
+        "final_sigmas_type",
+        "interpolation_type",
+        "skip_prk_steps",
+        "stochastic_sampling",
+        "variance_type",
+    }
+)
+# ... and how its steps are spread is not remembered at all.
+FORGOTTEN = frozenset({key for key, _ in CURVES.values()} | {"use_lu_lambdas", "use_flow_sigmas"})
 
 
 def samplers() -> dict[str, str]:
@@ -84,7 +106,7 @@ def samplers() -> dict[str, str]:
 
 
 def named(name: str, base: SchedulerConfig) -> SchedulerConfig:
-    """The sampler `name` for the model that `base` was made for: its betas, prediction type and spacing are kept.
+    """The sampler `name` for the model that `base` was made for: what was read with it is kept where the name allows.
 
     Raises `ArgumentError` for a name that does not exist or does not suit the model, `ConfigError` where the sampler
     does not know the model's prediction type.
@@ -94,27 +116,28 @@ def named(name: str, base: SchedulerConfig) -> SchedulerConfig:
         raise ArgumentError(f"scheduler = {name!r}: no such sampler; there are {', '.join(known)}", field="scheduler")
     stem, _, suffix = name.rpartition("_") if name.rpartition("_")[2] in CURVES else (name, "", "")
     hub, changes, _ = NAMES[stem]
-    changes = dict(changes)
-    keep = MODEL
+    changes, keep = dict(changes), MODEL
     if base.is_flow:
         keep, hub = FLOW, FLOW_CLASSES.get(hub, hub)
-        shift = "shift" if hub in FLOW_CLASSES.values() else "flow_shift"
-        changes |= {shift: base.flow_shift, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
+        changes |= {"shift": base.flow_shift, "flow_shift": base.flow_shift}
+        changes |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
     elif base.kind.startswith("edm"):
         keep, hub = EDM, EDM_CLASSES.get(hub, hub)
-    else:
-        changes |= {key: base.given[key] for key in GIVEN if key in base.given}
     kind, accepted = CLASSES[hub]
-    changes |= {key: getattr(base, key) for key in keep}
     if base.is_flow:
         curves = kind == "flow_euler" or (kind, suffix) == ("unipc", "karras")
-        suits = kind in FLOW_KINDS or "use_flow_sigmas" in accepted
+        suits = kind in FLOW_KINDS or ("use_flow_sigmas" in accepted and changes.get("algorithm_type") != "dpmsolver")
     else:
         curves, suits = True, kind.startswith("edm") == base.kind.startswith("edm")
     if suffix:
         key = CURVES[suffix][0]
         changes[key], suits = True, suits and curves and key in accepted
-    if not suits:
+    algorithm = changes.get("algorithm_type")
+    if not suits or (algorithm and algorithm not in ALGORITHMS[kind]):
         raise ArgumentError(f"scheduler = {name!r}: does not suit a model of {base.kind}", field="scheduler")
-    data = {key: list(v) if isinstance(v, tuple) else v for key, v in changes.items() if key in accepted}
-    return scheduler_config({"_class_name": hub, **data}, "scheduler")
+    data = {k: v for k, v in base.given.items() if k not in FORGOTTEN and not (k in DECIDED and k in accepted)}
+    for key in keep:
+        value = getattr(base, key)
+        data.setdefault(key, list(value) if isinstance(value, tuple) else value)
+    data.setdefault("clip_sample", False)  # latents are not images in -1..1
+    return scheduler_config({**data, **changes, "_class_name": hub}, "scheduler")

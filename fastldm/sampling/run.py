@@ -12,6 +12,7 @@ from fastldm.errors import ArgumentError
 from fastldm.sampling.config import MAX_STEPS, SchedulerConfig
 
 TAKE_TIMESTEPS = ("ddpm", "euler", "heun", "dpm_multistep", "dpm_singlestep", "lcm", "tcd", "flow_euler")
+# Not edm_euler: what its set_timesteps calls sigmas are places in 0..1 on its own curve, in a tensor.
 TAKE_SIGMAS = ("euler", "unipc", "flow_euler")
 
 

@@ -96,37 +96,42 @@ def run_diffusers(
     begin: int = 0,
     eta: float = 0.0,
     x: np.ndarray | None = None,
-    init: np.ndarray | None = None,
+    exact: bool = True,
     **schedule: Any,
 ) -> Trace:
-    """diffusers' own loop. x: the state to start from, else scaled noise. init: what is blended in after each step."""
+    """diffusers' own loop. x: the state to start from, else scaled noise.
+
+    exact: in float64; else as it is, in float32.
+    """
     scheduler = scheduler_of(name, config)
     arguments = schedule if schedule.keys() & {"timesteps", "sigmas"} else {"num_inference_steps": steps, **schedule}
     scheduler.set_timesteps(**arguments)
     order = scheduler.order
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin * order)
-    widen(scheduler)
+    if exact:
+        widen(scheduler)
     ts = scheduler.timesteps[begin * order :]
     noises, draws = normal(seed + 1, len(ts)), [False] * len(ts)
     row = 0
     start = float(getattr(scheduler, "init_noise_sigma", 1.0))
-    state = torch.from_numpy(normal(seed) * start if x is None else x)
+    dtype = torch.float64 if exact else torch.float32
+    state = torch.from_numpy(normal(seed) * start if x is None else x).to(dtype)
 
     def noise(*args: Any, **kwargs: Any) -> torch.Tensor:
         draws[row] = True
-        return torch.from_numpy(noises[row])
+        return torch.from_numpy(noises[row]).to(dtype)
 
     accepted = inspect.signature(scheduler.step).parameters
     extra = {"eta": eta} if "eta" in accepted else {}
     module = importlib.import_module(type(scheduler).__module__)
-    patches = [mock.patch.object(module, "torch", _Double())]
+    patches = [mock.patch.object(module, "torch", _Double())] if exact else []
     if hasattr(module, "randn_tensor"):
         patches.append(mock.patch.object(module, "randn_tensor", noise))
     with entered(patches):
         for t in ts:
             scaled = scheduler.scale_model_input(state, t) if hasattr(scheduler, "scale_model_input") else state
-            e = torch.from_numpy(net(scaled.numpy(), float(t)))
+            e = torch.from_numpy(net(scaled.numpy(), float(t))).to(dtype)
             state = scheduler.step(e, t, state, **extra).prev_sample
             row += 1
     return Trace(state.numpy(), [float(t) for t in ts], draws, start, scheduler)

@@ -20,21 +20,41 @@ from tests.sampling.oracle import SHAPE, error, net, normal, run_diffusers, run_
 
 BOUND = 1e-5
 ALL = cases()
+# Where diffusers has no answer, by class: what it raises, or that its result is not finite.
+NOT_FINITE = "not finite"
+UNANSWERED = {
+    "DDIMScheduler": (NOT_FINITE,),  # ε of a network at zero signal-to-noise; so for DDPM, LCM and TCD
+    "DDPMScheduler": (NOT_FINITE,),
+    "LCMScheduler": (NOT_FINITE,),
+    "TCDScheduler": (NOT_FINITE,),
+    "PNDMScheduler": ("operands could not be broadcast together",),  # fewer steps than Runge-Kutta needs
+    "DPMSolverMultistepScheduler": (NOT_FINITE,),  # two equal sigmas at the end, here and in the EDM class
+    "EDMDPMSolverMultistepScheduler": (NOT_FINITE,),
+    "UniPCMultistepScheduler": (NOT_FINITE, "torch.linalg.solve"),  # bh1 to a sigma of 0, two equal sigmas
+    "FlowMatchEulerDiscreteScheduler": (NOT_FINITE,),  # one step, stretched by 0 / 0
+}
+compared: list[Case] = []
+unanswered: list[Case] = []
 
 
 def compare(case: Case) -> str | None:
-    """None where the table and diffusers agree, else what differs; skips where diffusers has no finite result."""
-    config = dict(case.config)
+    """None where the table and diffusers agree, else what differs; skips what is `UNANSWERED`."""
+    config, theirs, reason = dict(case.config), None, NOT_FINITE
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             theirs = run_diffusers(case.name, config, case.steps, begin=case.begin, eta=case.eta)
-    except (ValueError, IndexError, NotImplementedError, RuntimeError, UnboundLocalError, TypeError) as failure:
-        theirs, reason = None, repr(failure)[:80]
+    except (ValueError, RuntimeError) as failure:
+        reason = str(failure)
+        if not any(known in reason for known in UNANSWERED.get(case.name, ())):
+            raise
     if theirs is None or not np.isfinite(theirs.x).all():
+        assert any(known in reason for known in UNANSWERED.get(case.name, ())), reason
+        unanswered.append(case)
         with contextlib.suppress(Error):  # we may do better, or say so; nothing else
             sampler_table(_config(case), case.steps, eta=case.eta, begin=case.begin)
-        pytest.skip(f"diffusers: {reason}" if theirs is None else "diffusers: not finite")
+        pytest.skip(f"diffusers: {reason[:60]}")
+    compared.append(case)
     table = sampler_table(_config(case), case.steps, eta=case.eta, begin=case.begin)
     if table.rows != len(theirs.timesteps):
         return f"{table.rows} calls of the network, not {len(theirs.timesteps)}"
@@ -45,8 +65,7 @@ def compare(case: Case) -> str | None:
         return f"draws {table.draws} for {theirs.draws}"
     if abs(table.start[1] / theirs.start - 1) > 1e-6:
         return f"starts from noise times {table.start[1]}, not {theirs.start}"
-    noises = np.where(table.draws[:, None, None, None, None], normal(1, table.rows), np.nan)
-    noises = np.nan_to_num(noises)
+    noises = np.where(table.draws[:, None, None, None, None], normal(1, table.rows), 1e30)  # where none is to be used
     ours = run_table(table, net, normal(0) * theirs.start, noises)
     difference = error(ours, theirs.x)
     return None if difference <= BOUND else f"differs by {difference:.1e}"
@@ -74,8 +93,20 @@ def test_start_in_the_middle_equals_diffusers(case: Case) -> None:
 
 
 def test_a_thousand_cases_are_compared() -> None:
-    assert len(ALL) + len(MIDDLE) >= 1000
-    assert len(set(map(str, ALL))) >= 0.95 * len(ALL)
+    """Behind the two tests above: those that skipped do not count."""
+    if len(compared) + len(unanswered) < len(ALL) + len(MIDDLE):
+        pytest.skip("only some of the cases were run")
+    assert len(set(map(str, compared))) >= 1000
+    assert len(unanswered) <= 0.06 * (len(ALL) + len(MIDDLE))
+
+
+@pytest.mark.parametrize("curve", [{}, {"use_karras_sigmas": True}], ids=["plain", "karras"])
+def test_dpm2_ancestral_equals_diffusers_in_float32(curve: dict[str, object]) -> None:
+    """Elsewhere the oracle has its sigma_down recomputed in float64; here it is as it comes."""
+    config = {**LDM, **curve}
+    theirs = run_diffusers("KDPM2AncestralDiscreteScheduler", config, 20, exact=False)
+    table = sampler_table(scheduler_config({"_class_name": "KDPM2AncestralDiscreteScheduler", **config}), 20)
+    assert error(run_table(table, net, normal(0) * theirs.start, normal(1, table.rows)), theirs.x) <= 2e-4
 
 
 TAKING = [

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import dataclasses
 import inspect
 import json
 import math
+import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,7 @@ import diffusers
 import pytest
 
 from fastldm.errors import ArgumentError, ConfigError
-from fastldm.sampling import named, sampler_table, scheduler_config
+from fastldm.sampling import SchedulerConfig, named, sampler_table, scheduler_config
 from fastldm.sampling.config import CLASSES
 from fastldm.sampling.names import NAMES, samplers
 
@@ -149,6 +153,57 @@ def test_every_name_gives_a_table_and_keeps_the_model() -> None:
     assert not named("dpmpp_2m", named("dpmpp_2m_karras", base)).use_karras_sigmas
 
 
+SDXL = {
+    **{k: v for k, v in SD15.items() if k[:4] in ("beta", "num_", "_dif")},
+    "_class_name": "EulerDiscreteScheduler",
+    "timestep_spacing": "leading",
+}
+SD21 = {**SD15, "_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
+MODELS = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL, "lcm": {**SDXL, "_class_name": "LCMScheduler", "steps_offset": 1}}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_name_loses_nothing_of_the_model(model: str) -> None:
+    """Whatever was chosen in between, a name means the same; and latents are not clipped."""
+    base = scheduler_config(MODELS[model])
+    direct = {name: named(name, base) for name in samplers()}
+    assert not any(config.clip_sample for config in direct.values())
+    assert direct["ddim"].set_alpha_to_one is ("set_alpha_to_one" not in MODELS[model])
+    for first in direct.values():
+        for name, config in direct.items():
+            assert named(name, first) == config, (first.kind, name)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_config_of_a_name_is_understood_by_diffusers(model: str) -> None:
+    """`X.from_config(pipe.scheduler.config)`: for its own class, and for another one as from the model's first."""
+    for name in samplers():
+        ours = named(name, scheduler_config(MODELS[model]))
+        hub = ours.config["_class_name"]
+        if hub == "DPMSolverSDEScheduler" or name.endswith(("_exponential", "_beta")):
+            continue  # the first needs torchsde, the others are slow to construct
+        theirs = getattr(diffusers, hub).from_config(ours.config).config
+        for key in set(CLASSES[hub][1]) & {f.name for f in dataclasses.fields(SchedulerConfig)}:
+            value = list(ours.disable_corrector) if key == "disable_corrector" else getattr(ours, key)
+            assert value == theirs[key], (name, key)
+        for other in ("DDIMScheduler", "PNDMScheduler"):
+            kind = getattr(diffusers, other)
+            ours_again, first = kind.from_config(ours.config).config, kind.from_config(MODELS[model]).config
+            for key in ("set_alpha_to_one", "steps_offset", "timestep_spacing", "prediction_type", "beta_start"):
+                assert ours_again[key] == first[key], (name, other, key)
+
+
+def test_a_configuration_can_be_copied() -> None:
+    config = named("dpmpp_2m_karras", scheduler_config(SD15))
+    for other in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), dataclasses.replace(config)):
+        assert other == config
+        assert other.config == config.config
+        assert hash(other) == hash(config)
+    assert dataclasses.asdict(config)["given"] == config.config
+    config.config["beta_start"] = 3
+    assert config.config["beta_start"] == 0.00085
+
+
 def test_names_of_flows_and_edm() -> None:
     flow = scheduler_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
     for name, kind in (
@@ -162,11 +217,29 @@ def test_names_of_flows_and_edm() -> None:
         assert sampler_table(config, 6).steps == 6
     edm = scheduler_config({"_class_name": "EDMEulerScheduler", "sigma_max": 90.0})
     assert named("dpmpp_2m", edm).sigma_max == 90.0
-    for name, base in (("ddim", flow), ("dpmpp_2m_karras", flow), ("ddim", edm), ("nope", flow)):
+    for name, base in (
+        ("ddim", flow),
+        ("dpmpp_2m_karras", flow),
+        ("ddim", edm),
+        ("nope", flow),
+        ("dpm_2m", edm),
+        ("dpm_2m", flow),
+    ):
         with pytest.raises(ArgumentError) as caught:
             named(name, base)
         assert caught.value.field == "scheduler"
     assert set(NAMES) <= set(samplers())
+    for base in (scheduler_config({**flow.config, "shift_terminal": 0.1}), edm):
+        suiting = [name for name in samplers() if _suits(name, base)]
+        assert len(suiting) >= 3
+        for first in suiting:
+            assert all(named(name, named(first, base)) == named(name, base) for name in suiting), first
+
+
+def _suits(name: str, base: SchedulerConfig) -> bool:
+    with contextlib.suppress(ArgumentError):
+        return bool(named(name, base))
+    return False
 
 
 def test_the_documentation_has_every_name() -> None:
