@@ -124,9 +124,11 @@ class Plan:
         self.state.zero_()
         self.state[0] = x
         self.noise.zero_()
-        self.mask.fill_(1.0) if inpainting is None else self.mask.copy_(inpainting.mask)
-        self.z0.zero_() if inpainting is None else self.z0.copy_(inpainting.z0)
-        self.n0.zero_() if inpainting is None else self.n0.copy_(inpainting.n0)
+        one, zero = self.mask.new_ones(()), self.mask.new_zeros(())
+        blend = Inpainting(mask=one, z0=zero, n0=zero) if inpainting is None else inpainting
+        self.mask.copy_(blend.mask)
+        self.z0.copy_(blend.z0)
+        self.n0.copy_(blend.n0)
         if extra_channels is not None:
             self.model_input[:, self.state.shape[2] :] = extra_channels
         self._packed_context.copy_(self.unet.context_projections(states))
