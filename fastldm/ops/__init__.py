@@ -17,12 +17,12 @@ Letters, everywhere in this project:
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
 from types import ModuleType
 from typing import Any, Literal, overload
 
@@ -107,7 +107,7 @@ def using(default: str, *, want_stats: bool | None = None, **overrides: str) -> 
         _selection.reset(token)
 
 
-@cache
+@functools.cache
 def implementation(name: str) -> ModuleType:
     """The module that implements the contract under `name`."""
     return importlib.import_module(f"fastldm.ops.{name}")
