@@ -20,7 +20,7 @@ from fastldm.prompt import Tokenizer
 from fastldm.request import Generators, Geometry, Request
 from fastldm.runtime.build import engine_from
 from fastldm.runtime.engine import Engine
-from fastldm.sampling import SamplerTable, SchedulerConfig, sampler_table, scheduler_config
+from fastldm.sampling import SamplerTable, SchedulerConfig, noise, sampler_table, scheduler_config
 from fastldm.sampling.choice import chosen
 from fastldm.weights.files import open_model
 
@@ -203,7 +203,10 @@ class Pipeline:
         build = partial(build, timesteps=asked.timesteps, sigmas=asked.sigmas)
         own = asked.timesteps is not None or asked.sigmas is not None
         begin = asked.begin(build().steps if own else asked.steps)
-        return build(begin=begin)
+        table = build(begin=begin)
+        if table.brownian is not None:
+            noise.brownian_interval()  # to miss it now, before any work
+        return table
 
     def _states(self, asked: Request) -> Tensor:
         """(G·B, L, width): what each branch reads, the fully conditioned one last."""

@@ -92,6 +92,19 @@ class RowNoise:
         return draw(self.shape, self.generator, dtype=self.dtype, device=self.device)
 
 
+def brownian_interval() -> Any:
+    """torchsde's class. Raises `ArgumentError` where the package is not installed."""
+    try:
+        from torchsde import BrownianInterval
+    except ImportError:
+        raise ArgumentError(
+            "scheduler: the DPM++ SDE samplers need torchsde: pip install torchsde; "
+            "'dpmpp_2m_sde' is a stochastic sampler that needs nothing",
+            field="scheduler",
+        ) from None
+    return BrownianInterval
+
+
 class BrownianMotion:
     """The increments of a Brownian motion over sigma, the same for any choice of steps. Needs torchsde."""
 
@@ -103,14 +116,7 @@ class BrownianMotion:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        try:
-            from torchsde import BrownianInterval
-        except ImportError:
-            raise ArgumentError(
-                "scheduler: the DPM++ SDE samplers need torchsde: pip install torchsde; "
-                "'sde_dpmpp_2m' is a stochastic sampler that needs nothing",
-                field="scheduler",
-            ) from None
+        BrownianInterval = brownian_interval()
         seeds = [plan.seed] if plan.seed is not None else [_seed(g) for g in _sources(generator, shape[0])]
         self.plan = plan
         self.batched = len(seeds) > 1

@@ -128,3 +128,21 @@ def test_strength_is_a_share_of_the_callers_own_steps(
         assert relative_error(paint(both.fast, **call), paint(ref, **call)) <= 2e-4
     finally:
         both.fast.scheduler = kept
+
+
+def test_a_sampler_that_lacks_its_package_says_so_before_any_work(
+    pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    fast = pair().fast
+    kept = fast.scheduler
+    monkeypatch.setitem(sys.modules, "torchsde", None)
+    monkeypatch.setattr(fast, "_states", lambda asked: pytest.fail("the text was encoded"))
+    fast.scheduler = "dpmpp_sde"
+    try:
+        with pytest.raises(ArgumentError, match="torchsde") as error:
+            fast("a cat", num_inference_steps=3)
+    finally:
+        fast.scheduler = kept
+    assert error.value.field == "scheduler"
