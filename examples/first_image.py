@@ -32,7 +32,10 @@ def main() -> None:
     pipe = fastldm.Pipeline(model)
     began = time.perf_counter()
     generator = torch.Generator().manual_seed(options.seed)
-    image: Any = pipe(options.prompt, num_inference_steps=options.steps, generator=generator).images[0]
+    try:
+        image: Any = pipe(options.prompt, num_inference_steps=options.steps, generator=generator).images[0]
+    except fastldm.Error as error:
+        parser.error(str(error))
     seconds = time.perf_counter() - began
 
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from fastldm.errors import ArgumentError, brief
 from fastldm.image import Images, to_output, to_unit
 from fastldm.prompt import Tokenizer
 from fastldm.request import Generators, Geometry, Request
-from fastldm.runtime.build import engine_from
+from fastldm.runtime.build import check_index, engine_from
 from fastldm.runtime.engine import Engine
 from fastldm.sampling import SamplerTable, SchedulerConfig, noise, sampler_table, scheduler_config
 from fastldm.sampling.choice import chosen
@@ -64,6 +64,7 @@ class Pipeline:
             local_files_only=local_files_only,
             token=token,
         )
+        check_index(folder)
         self._slicing, self._tiling = True, False
         self._scheduler = scheduler_config(folder.read_json("scheduler/scheduler_config.json"))
         self._engine: Engine = engine_from(folder, dtype=wanted[0], device=wanted[1])

@@ -36,7 +36,6 @@ UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 def engine_from(folder: ModelFolder, *, dtype: torch.dtype, device: torch.device) -> Engine:
     """Raises `FileError`, `ConfigError` or `WeightsError`; every configuration is checked before a weight is read."""
-    _check_index(folder)
     unet = config.unet_config(folder.read_json("unet/config.json"))
     vae = config.vae_config(folder.read_json("vae/config.json"))
     text = config.text_config(folder.read_json("text_encoder/config.json"))
@@ -58,7 +57,7 @@ def vae_dtype(vae: config.VAEConfig, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 and vae.force_upcast else dtype
 
 
-def _check_index(folder: ModelFolder) -> None:
+def check_index(folder: ModelFolder) -> None:
     """model_index.json must name a pipeline and components that we have."""
     where = "model_index.json"
     index = folder.read_json(where)
