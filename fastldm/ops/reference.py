@@ -64,7 +64,7 @@ def _padded_head_dim(q: Tensor, k: Tensor) -> int:
     """
     dim = q.shape[-1]
     tiles = q.device.type == "cpu" and q.dtype.itemsize == 2 and q.dtype in _native_cpu_dtypes()
-    return -(-dim // 32) * 32 if tiles and min(q.shape[1], k.shape[1]) >= 512 else dim
+    return 64 if tiles and 32 < dim < 64 and min(q.shape[1], k.shape[1]) >= 512 else dim
 
 
 def group_norm(
@@ -178,9 +178,10 @@ def conv2d(
     dtype = _product_dtype(x)
     out_dtype = x.dtype
     x = _gathered(x, x2, upsample, pad).to(dtype)
+    b, shift = _to(b, dtype), _to(shift, dtype)
     if shift is not None and shift.shape[0] == 1:  # one vector for the whole batch is a bias
         b, shift = (shift[0] if b is None else b + shift[0]), None
-    y = _convolve(x, w.to(dtype), _to(b, dtype), stride, padding=0 if pad == "end" else w.shape[-1] // 2)
+    y = _convolve(x, w.to(dtype), b, stride, padding=0 if pad == "end" else w.shape[-1] // 2)
     if shift is not None:
         y = y.add_(shift[:, :, None, None])
     if residual is not None:

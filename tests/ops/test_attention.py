@@ -80,3 +80,18 @@ def test_long_sequences_of_half_precision(dim: int) -> None:
     """Where the CPU's path pads the head dim to its tiles."""
     q, k, v = (random(1, 600, 1, dim, dtype=torch.bfloat16) for _ in range(3))
     check(ops.attention, attention, q, k, v)
+
+
+def test_zero_columns_for_wide_registers_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The padding that CPUs with AMX get, taken here as if this were one: head dim 40, 512 keys."""
+    from fastldm.ops import reference
+
+    q, k, v = (torch.randn(1, 512, 2, 40, dtype=torch.bfloat16) for _ in range(3))
+    plain = reference.attention(q, k, v)
+    monkeypatch.setattr(reference, "_native_cpu_dtypes", lambda: frozenset({torch.bfloat16}))
+    assert reference._padded_head_dim(q, k) == 64
+    padded = reference.attention(q, k, v)
+    assert padded.shape == plain.shape
+    assert padded.is_contiguous()
+    truth = reference.attention(q.float(), k.float(), v.float())
+    assert (padded - truth).abs().max() <= 2 * (plain - truth).abs().max()
