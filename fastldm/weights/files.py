@@ -2,7 +2,8 @@
 
 Every file is opened once, must be a regular file inside the model's folder (links of the hub's cache aside),
 and is read by `pread` into memory of our own: a file that shrinks later is an error and never a crash.
-Nothing here unpickles, imports or runs what a model's folder holds.
+What a file is, its content says and not its name. Nothing that a model's folder holds is imported or run: a pickle is
+read by `pickles.py` alone, and no failure of another format leads there.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from fastldm.errors import FileError
-from fastldm.weights.header import Header, TensorInfo, read_header, shown, strict_json
+from fastldm.weights.header import MAX_HEADER, TensorInfo, read_header
+from fastldm.weights.pickles import Pickled
+from fastldm.weights.strict import shown, strict_json
 
 MAX_FILE = 64 << 30
 MAX_SHARDS = 256
@@ -30,8 +33,21 @@ STEMS = {
     "text_encoder": "model",
     "text_encoder_2": "model",
 }
+PICKLED_STEMS = {"model": "pytorch_model"}  # transformers' older name; others are the same in both formats
 TOKENIZERS = ("tokenizer", "tokenizer_2")
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+SAFETENSORS, PICKLE = "safetensors", "a pickle"
+# In a zip archive; with a protocol; without, as of old: a global, or a container that is noted.
+_PICKLES = rb"PK\x03\x04|\x80[\0-\x05]|\(?[ci][A-Za-z_][\w.]*\n[A-Za-z_][\w.]*\n|\(?[dlt]p\d+\n|[\]}]q\0"
+_KINDS = {  # what stands in place of weights in the wild, by its first bytes
+    rb"version https://git-lfs": "is a Git LFS pointer, not the weights: run `git lfs pull` in its folder",
+    rb"GGUF": "is a GGUF file, which is not supported",
+    rb"7z\xbc\xaf\x27\x1c|\x1f\x8b|Rar!|PK\x05\x06|PK\x07\x08|BZh|\xfd7zXZ": "is an archive: unpack it",
+    rb"(?s).{257}ustar": "is a tar archive: unpack it",
+    rb"\x93NUMPY|\x89HDF": "is a NumPy or HDF5 file, which is not supported",
+    rb"(?i)\s*<(!doctype|html|head|\?xml)": "is a web page, often the error page of a failed download",
+    rb"\s*[{\[]\s*[\"}\]{\[]": "is a JSON file, not the weights",
+    rb"[\t\n\r\x20-\x7e]+\Z": "is a text file",
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _HUB_ADVICE = {
     "GatedRepoError": "it is gated: accept its terms on the hub, then pass token= or run `hf auth login`",
@@ -114,17 +130,19 @@ class ModelFolder:
         """The weights of a component ("unet"): one file, or the shards that an index lists.
 
         `stem` is the name of the weights without variant and extension; None: the usual one of the component.
+        Files named as pickles ("diffusion_pytorch_model.bin") are opened only where none is named as safetensors.
         """
         if stem is None:
             if component not in STEMS:
                 raise FileError(f"{shown(component)} has no usual file name; known: {', '.join(STEMS)}")
             stem = STEMS[component]
-        single, *indexes = (f"{component}/{name}" for name in _weight_names(stem, self.variant))
-        if self.has(single):
-            return TensorFiles(str(self._named(single)), [self.open(single)])
-        for index in indexes:
-            if self.has(index):
-                return self._sharded(component, index)
+        pickled = PICKLED_STEMS.get(stem, stem)
+        for name in (*_weight_names(stem, self.variant), *_weight_names(pickled, self.variant, "bin")):
+            relative = inside(component, name)
+            if self.has(relative) and name.endswith(".json"):
+                return self._sharded(component, relative)
+            if self.has(relative):
+                return TensorFiles(str(self._named(relative)), [self.open(relative)])
         raise self._no_weights(component, stem)
 
     def _named(self, relative: str) -> Path:
@@ -142,10 +160,10 @@ class ModelFolder:
             listed.setdefault(shard, set()).add(name)
         if len(listed) > MAX_SHARDS:
             raise FileError(f"{where}: lists {len(listed)} files; at most {MAX_SHARDS} are allowed")
-        return TensorFiles(where, (self.open(f"{component}/{shard}") for shard in listed), [*listed.values()])
+        return TensorFiles(where, (self.open(inside(component, shard)) for shard in listed), [*listed.values()])
 
     def _no_weights(self, component: str, stem: str) -> FileError:
-        folder = self.path(component)
+        folder = self.path(component) if component else self.root
         if not folder.is_dir():
             return FileError(f"{self.root} has no folder {shown(component)}")
         names = os.listdir(folder)
@@ -154,9 +172,6 @@ class ModelFolder:
             wanted = f"variant {shown(self.variant)}" if self.variant else "weights without a variant"
             found = ", ".join(shown(v) if v else "none" for v in variants)
             return FileError(f"{folder} has no {wanted}; variants here: {found}", field="variant")
-        if any(name.endswith(PICKLES) for name in names):
-            danger = "which can run code: convert them to safetensors"
-            return FileError(f"{folder} has only pickled weights, {danger}")
         return FileError(f"{folder / _weight_names(stem, self.variant)[0]} is missing")
 
 
@@ -210,8 +225,36 @@ class File:
         self.close()
 
 
+class Opened(Protocol):
+    """The tensors of one open file."""
+
+    infos: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+
+class Safetensors:
+    """The tensors of one safetensors file, read one by one into memory of their own."""
+
+    def __init__(self, file: File) -> None:
+        header = read_header(file.read, file.size, file.where)
+        self.infos: Mapping[str, TensorInfo] = header.tensors
+        self.metadata: Mapping[str, str] = header.metadata
+        self._file, self._header = file, header
+
+    def read(self, name: str) -> torch.Tensor:
+        info = self._header.tensors[name]
+        data = torch.empty(info.nbytes, dtype=torch.uint8, device="cpu")
+        present = self._file.read_into(data.numpy().data, self._header.data_offset + info.start)
+        if present != info.nbytes:
+            cut = f"was cut while open: {info.nbytes} bytes expected, {present} present"
+            raise FileError(f"{self._file.where}: tensor {shown(name)}: {cut}", field=name)
+        return (data.ne(0) if info.dtype is torch.bool else data.view(info.dtype)).view(info.shape)
+
+
 class TensorFiles:
-    """The tensors of one or several safetensors files, read one by one into memory of their own.
+    """The tensors of one or several files, safetensors or pickles.
 
     `where` names the file, or the index of several; `infos` describes all tensors, `metadata` is free text.
     `listed`: the names that an index expects in each file. A `with` block closes the files.
@@ -223,37 +266,30 @@ class TensorFiles:
         self.infos: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
         self._files: list[File] = []
-        self._places: dict[str, tuple[File, int]] = {}
+        self._places: dict[str, Opened] = {}
         try:
             for i, file in enumerate(files):
                 self._files.append(file)
-                header = read_header(file.read, file.size, file.where)
+                opened = _opened(file)
                 if listed is not None:
-                    _check_listed(header, listed[i], file.where)
-                self._add(file, header)
+                    _check_listed(opened.infos.keys(), listed[i], file.where)
+                self.infos |= opened.infos
+                self.metadata |= opened.metadata
+                self._places |= dict.fromkeys(opened.infos, opened)
         except BaseException:
             self.close()
             raise
-
-    def _add(self, file: File, header: Header) -> None:
-        self.infos |= header.tensors
-        self.metadata |= header.metadata
-        for name, info in header.tensors.items():
-            self._places[name] = file, header.data_offset + info.start
 
     def read(self, name: str) -> torch.Tensor:
         """A copy of the tensor on the CPU, in the dtype of the file."""
         if name not in self.infos:
             raise FileError(f"{self.where} has no tensor {shown(name)}", field=name)
-        info, (file, offset) = self.infos[name], self._places[name]
-        data = torch.empty(info.nbytes, dtype=torch.uint8, device="cpu")
-        present = file.read_into(data.numpy().data, offset)
-        if present != info.nbytes:
-            cut = f"was cut while open: {info.nbytes} bytes expected, {present} present"
-            raise FileError(f"{file.where}: tensor {shown(name)}: {cut}", field=name)
-        return (data.ne(0) if info.dtype is torch.bool else data.view(info.dtype)).view(info.shape)
+        if name not in self._places:
+            raise FileError(f"{self.where} cannot be read: it is closed")
+        return self._places[name].read(name)
 
     def close(self) -> None:
+        self._places.clear()
         for file in self._files:
             file.close()
 
@@ -265,15 +301,41 @@ class TensorFiles:
 
 
 def open_file(path: str | os.PathLike[str]) -> TensorFiles:
-    """The tensors of one safetensors file, whatever its name. Raises `FileError` naming it."""
+    """The tensors of one file, safetensors or a pickle, whatever its name. Raises `FileError` naming it."""
     where = os.fspath(path)
     return TensorFiles(where, [File(Path(os.path.realpath(path)), where)])
 
 
-def _check_listed(header: Header, listed: set[str], where: str) -> None:
-    for name in sorted(listed ^ header.tensors.keys()):
+def kind_of(first: bytes) -> str:
+    """What a file is by its first 512 bytes: `SAFETENSORS`, `PICKLE`, or what it is instead, for a message.
+
+    Where nothing is known of them they are taken for damaged safetensors: that reader says what is wrong.
+    """
+    if len(first) < 8 or (first[8:9] == b"{" and int.from_bytes(first[:8], "little") <= MAX_HEADER):
+        return SAFETENSORS
+    if re.match(_PICKLES, first):
+        return PICKLE
+    return next((kind for pattern, kind in _KINDS.items() if re.match(pattern, first)), SAFETENSORS)
+
+
+def _opened(file: File) -> Opened:
+    kind = kind_of(file.read(512, 0))
+    if kind == SAFETENSORS:
+        return Safetensors(file)
+    if kind == PICKLE:
+        return Pickled(file)
+    raise FileError(f"{file.where}: {kind}")
+
+
+def _check_listed(present: Set[str], listed: set[str], where: str) -> None:
+    for name in sorted(listed ^ present):
         reason = "is not in it, but the index says so" if name in listed else "is in it, but the index says otherwise"
         raise FileError(f"{where}: tensor {shown(name)} {reason}", field=name)
+
+
+def inside(component: str, name: str) -> str:
+    """The name of a file of a component, relative to the model's folder; "" is the folder itself."""
+    return f"{component}/{name}" if component else name
 
 
 def _parts(relative: str, where: str) -> list[str]:
@@ -295,24 +357,25 @@ def _hub_blobs(root: Path) -> Path | None:
     return None
 
 
-def _weight_names(stem: str, variant: str | None) -> list[str]:
+def _weight_names(stem: str, variant: str | None, ending: str = "safetensors") -> list[str]:
     """The file name of a component's weights, then those of their index: as now written, formerly, by hand"""
     if variant is None:
-        return [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
+        return [f"{stem}.{ending}", f"{stem}.{ending}.index.json"]
     return [
-        f"{stem}.{variant}.safetensors",
-        f"{stem}.safetensors.index.{variant}.json",
-        f"{stem}.safetensors.{variant}.index.json",
-        f"{stem}.{variant}.safetensors.index.json",
+        f"{stem}.{variant}.{ending}",
+        f"{stem}.{ending}.index.{variant}.json",
+        f"{stem}.{ending}.{variant}.index.json",
+        f"{stem}.{variant}.{ending}.index.json",
     ]
 
 
 def _variants(names: Iterable[str], stem: str) -> list[str]:
     """The variants whose weights are among the file names; "" stands for weights without one."""
     word = r"(?:\.([\w-]+?))?"
-    pattern = re.compile(rf"{stem}{word}\.safetensors(?:{word}\.index{word}\.json)?", re.ASCII)
+    one = rf"{stem}{word}\.safetensors|{PICKLED_STEMS.get(stem, stem)}{word}\.bin"
+    pattern = re.compile(rf"(?:{one})(?:{word}\.index{word}\.json)?", re.ASCII)
     groups = [m.groups() for m in map(pattern.fullmatch, names) if m]
-    return sorted({next(filter(None, found), "") for found in groups if "-of-" not in str(found[0])})
+    return sorted({next(filter(None, found), "") for found in groups if "-of-" not in str(found[:2])})
 
 
 def _hub_patterns(variant: str | None) -> list[str]:
