@@ -33,7 +33,8 @@ class Reader:
 
     def fail(self, key: str, reason: str) -> ConfigError:
         value = f" = {brief(self.data[key])}" if key in self.data else ""
-        return ConfigError(f"{self.where}: {key}{value}: {reason}", field=f"{self.where}: {key}")
+        name = key if key.isidentifier() and len(key) <= 80 else brief(key)  # a stranger's, where it is unknown
+        return ConfigError(f"{self.where}: {name}{value}: {reason}", field=f"{self.where}: {key}")
 
     def raw(self, key: str, default: Any = UNSET) -> Any:
         self.seen.add(key)

@@ -14,15 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastldm import request, tasks
-from fastldm.errors import ArgumentError, brief
+from fastldm.assemble import Asked, assemble
+from fastldm.errors import ArgumentError, FileError, brief
 from fastldm.image import Images, to_output, to_unit
-from fastldm.prompt import Tokenizer
 from fastldm.request import Generators, Geometry, Request
-from fastldm.runtime.build import check_index, engine_from
+from fastldm.runtime.build import engine_from, planned
 from fastldm.runtime.engine import Engine
-from fastldm.sampling import SamplerTable, SchedulerConfig, noise, sampler_table, scheduler_config
+from fastldm.sampling import SamplerTable, SchedulerConfig, noise, sampler_table
 from fastldm.sampling.choice import chosen
-from fastldm.weights.files import open_model
 
 
 @dataclass(frozen=True)
@@ -47,35 +46,60 @@ class Pipeline:
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
+        config: str | os.PathLike[str] | None = None,
+        original_config: str | os.PathLike[str] | None = None,
+        vae: Any = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        scheduler: Any = None,
+        prediction_type: str | None = None,
+        extract_ema: bool = False,
     ) -> None:
         """
-        model: a folder in diffusers' layout, or the id of one on the hub ("owner/name").
+        model: a folder in diffusers' layout, the id of one on the hub ("owner/name"), or a single file in the original
+        layout, `.safetensors` or `.ckpt`, on disk or by its address on the hub.
         torch_dtype, dtype (one of them): of weights and activations, float32 where None, bfloat16 or float16. With
         float16 an autoencoder that says `force_upcast` runs in float32. device: "cpu" where None.
-        variant: "fp16" picks `*.fp16.safetensors`. The others belong to the hub.
+        variant: "fp16" picks `*.fp16.safetensors`. revision to token belong to the hub.
+        vae, text_encoder: in place of the model's own: a folder, for the VAE also a file, or a module of diffusers or
+        transformers. tokenizer: a folder with its files, or one of transformers. scheduler: what the property takes.
+        For a single file alone: config: a folder in diffusers' layout with its configurations. original_config: its
+        yaml file, in place of the one beside it. prediction_type: "epsilon" or "v_prediction", in place of what it
+        shows. extract_ema: take its averaged weights.
         Raises `ArgumentError` naming the argument; `FileError`, `ConfigError` or `WeightsError` naming the file.
         """
         wanted = _dtype(torch_dtype, dtype), _device(device)
-        folder = open_model(
+        asked = Asked(
             model,
-            revision=revision,
             variant=variant,
+            revision=revision,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             token=token,
+            config=config,
+            original_config=original_config,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            prediction_type=prediction_type,
+            extract_ema=extract_ema,
         )
-        check_index(folder)
         self._slicing, self._tiling = True, False
-        self._scheduler = scheduler_config(folder.read_json("scheduler/scheduler_config.json"))
-        self._engine: Engine = engine_from(folder, dtype=wanted[0], device=wanted[1])
-        text = self._engine.text_encoder.config
-        self._tokenizer = Tokenizer.from_folder(
-            folder, "tokenizer", positions=text.positions, vocab_size=text.vocab_size
-        )
+        with assemble(asked) as made:
+            self._scheduler = made.scheduler if scheduler is None else chosen(scheduler, made.scheduler)
+            self._tokenizer = made.tokenizer(planned("text_encoder", made.parts["text_encoder"]).config)
+            self._engine: Engine = engine_from(made.parts, dtype=wanted[0], device=wanted[1])
 
     @classmethod
     def from_pretrained(cls, model: str | os.PathLike[str], **options: Any) -> Pipeline:
         """`Pipeline(model, ...)`, under the name that programs written for diffusers use."""
+        return cls(model, **options)
+
+    @classmethod
+    def from_single_file(cls, model: str | os.PathLike[str], **options: Any) -> Pipeline:
+        """`Pipeline(model, ...)`, and an error if `model` is no single file."""
+        if not Asked(model).is_file:
+            raise FileError(f"{os.fspath(model)} is no single file: pass a folder to Pipeline(...)", field="model")
         return cls(model, **options)
 
     @property

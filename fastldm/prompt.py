@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fastldm.config import Reader
 from fastldm.errors import ConfigError, FileError, brief
-from fastldm.weights.files import JSON_DEPTH, MAX_JSON, ModelFolder
-from fastldm.weights.header import strict_json
+from fastldm.weights.files import JSON_DEPTH, MAX_JSON, ModelFolder, inside
+from fastldm.weights.strict import strict_json
 
 log = logging.getLogger("fastldm")
 
@@ -50,6 +50,7 @@ class Tokenizer:
     def from_folder(cls, folder: ModelFolder, component: str, *, positions: int, vocab_size: int) -> Tokenizer:
         """From `tokenizer.json`, or `vocab.json` and `merges.txt`, and the settings beside them.
 
+        component: the folder's name within the model's; "" for the model's own.
         positions, vocab_size: of the text encoder, which bound the window and the ids.
         Raises `FileError` or `ConfigError` naming the file and what is wrong with it.
         """
@@ -62,6 +63,10 @@ class Tokenizer:
         last, first = ((text, ids[text]) for text in (roles["eos_token"], roles["bos_token"]))
         bpe.post_processor = processors.RobertaProcessing(last, first, trim_offsets=False, add_prefix_space=False)
         return cls(bpe, length, eos=ids[roles["eos_token"]], pad=ids[roles["pad_token"]])
+
+    def padded_with(self, pad: int) -> Tokenizer:
+        """The same tokenizer, filling the window with the id `pad`."""
+        return Tokenizer(self.bpe, self.length, eos=self.eos, pad=pad)
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """-> (B, length) int64 on the CPU. What does not fit is left out, with one warning that says what."""
@@ -85,8 +90,8 @@ def _vocabulary(
 ) -> tuple[str, dict[str, int], list[tuple[str, str]], Added]:
     """The file's name in messages, the vocabulary, the merges, and what a `tokenizer.json` adds to them."""
     added: Added = {}
-    if folder.has(f"{component}/tokenizer.json"):
-        where, data = _json(folder, f"{component}/tokenizer.json", MAX_VOCABULARY)
+    if folder.has(inside(component, "tokenizer.json")):
+        where, data = tokenizer_json(folder, inside(component, "tokenizer.json"), MAX_VOCABULARY)
         model, tokens = data.get("model"), data.get("added_tokens") or []
         if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(tokens, list):
             raise FileError(f"{where}: is no byte-pair encoding: the model's type must be 'BPE'", field="model")
@@ -95,9 +100,9 @@ def _vocabulary(
         vocab, merges = model.get("vocab"), model.get("merges")
         for token in tokens:
             _note(added, token.get("id") if isinstance(token, dict) else None, token, where)
-    elif folder.has(f"{component}/vocab.json"):
-        where, vocab = _json(folder, f"{component}/vocab.json", MAX_VOCABULARY)
-        merges = _merges(folder, f"{component}/merges.txt")
+    elif folder.has(inside(component, "vocab.json")):
+        where, vocab = tokenizer_json(folder, inside(component, "vocab.json"), MAX_VOCABULARY)
+        merges = _merges(folder, inside(component, "merges.txt"))
     else:
         where = str(folder.root / component)
         raise FileError(f"{where}: there is no tokenizer: neither tokenizer.json nor vocab.json", field=component)
@@ -132,9 +137,9 @@ def _merges(folder: ModelFolder, name: str) -> list[str]:
 def _settings(folder: ModelFolder, component: str, added: Added) -> dict[str, Any]:
     """tokenizer_config.json with what older files say beside it; completes `added`. Keys with null are left out."""
     settings: dict[str, Any] = {}
-    if folder.has(f"{component}/tokenizer_config.json"):
-        settings = _json(folder, f"{component}/tokenizer_config.json", MAX_JSON)[1]
-    where = str(folder.root / component / "tokenizer_config.json")
+    if folder.has(inside(component, "tokenizer_config.json")):
+        settings = tokenizer_json(folder, inside(component, "tokenizer_config.json"), MAX_JSON)[1]
+    where = str(folder.root / inside(component, "tokenizer_config.json"))
     decoder = settings.get("added_tokens_decoder")
     if decoder is not None:
         if not isinstance(decoder, dict) or not all(key.isascii() and key.isdigit() for key in decoder):
@@ -143,10 +148,10 @@ def _settings(folder: ModelFolder, component: str, added: Added) -> dict[str, An
         for key, token in decoder.items():
             _note(added, int(key[:17]), token, where)
     else:
-        if folder.has(f"{component}/special_tokens_map.json"):
-            settings |= _json(folder, f"{component}/special_tokens_map.json", MAX_JSON)[1]
-        if folder.has(f"{component}/added_tokens.json"):
-            older, listed = _json(folder, f"{component}/added_tokens.json", MAX_JSON)
+        if folder.has(inside(component, "special_tokens_map.json")):
+            settings |= tokenizer_json(folder, inside(component, "special_tokens_map.json"), MAX_JSON)[1]
+        if folder.has(inside(component, "added_tokens.json")):
+            older, listed = tokenizer_json(folder, inside(component, "added_tokens.json"), MAX_JSON)
             for token, number in listed.items():
                 if token not in added:
                     _note(added, number, {"content": token}, older)
@@ -154,7 +159,7 @@ def _settings(folder: ModelFolder, component: str, added: Added) -> dict[str, An
 
 
 def _window(settings: Mapping[str, Any], component: str, positions: int) -> int:
-    read = Reader(settings, f"{component}/tokenizer_config.json")
+    read = Reader(settings, inside(component, "tokenizer_config.json"))
     longest = read.integer("model_max_length", MIN_WINDOW, 1 << 53, positions)
     for side in ("padding_side", "truncation_side"):
         read.choice(side, ("right",), "right")
@@ -230,6 +235,7 @@ def _note(added: Added, number: object, token: object, where: str, *, special: b
     return text
 
 
-def _json(folder: ModelFolder, name: str, limit: int) -> tuple[str, dict[str, Any]]:
+def tokenizer_json(folder: ModelFolder, name: str, limit: int) -> tuple[str, dict[str, Any]]:
+    """The name of a tokenizer's file in messages, and what it holds."""
     where = str(folder.root / name)
     return where, strict_json(folder.read_bytes(name, limit).replace(_ENDLESS, _LONG), where, JSON_DEPTH)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import time
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
-from fastldm.config import Reader, text_config, unet_config, vae_config
+from fastldm.config import MAX_BLOCKS, Reader, text_config, unet_config, vae_config
 from fastldm.errors import ConfigError
+from fastldm.model.unet import UNet
+from fastldm.sampling import scheduler_config
 from tests.model import full_size
 
 # What a broken, hostile or hand-edited file may hold.
@@ -53,7 +57,7 @@ def cases() -> list[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize(("kind", "key"), sorted({case[:2] for case in cases()}))
-def test_a_bad_value_is_refused_by_name_or_is_harmless(kind: str, key: str) -> None:
+def test_f27_a_bad_value_is_refused_by_name_or_is_harmless(kind: str, key: str) -> None:
     """In a moment, for each of the bad values: an error that names the key, or a configuration in range."""
     read, good, where = READERS[kind]
     read(good)
@@ -158,10 +162,88 @@ MUST_FAIL = [
 
 
 @pytest.mark.parametrize(("kind", "key", "value"), MUST_FAIL, ids=lambda v: str(v)[:30])
-def test_these_are_refused(kind: str, key: str, value: object) -> None:
+def test_f27_f28_f29_these_are_refused(kind: str, key: str, value: object) -> None:
     read, good, _ = READERS[kind]
     with pytest.raises(ConfigError):
         read({**good, key: value})
+
+
+GIANTS = [
+    ("unet", "layers_per_block", 10**9),
+    ("unet", "transformer_layers_per_block", 10**9),
+    ("unet", "transformer_layers_per_block", [64, 64, 64]),  # each in its range, together too many
+    ("unet", "block_out_channels", [10**6] * 3),
+    ("unet", "block_out_channels", [32] * 10**6),
+    ("unet", "block_out_channels", [-320, 640, 1280]),
+    ("unet", "in_channels", 10**12),
+    ("unet", "cross_attention_dim", 10**9),
+    ("unet", "projection_class_embeddings_input_dim", 10**9),
+    ("unet", "addition_time_embed_dim", 10**9),
+    ("unet", "sample_size", 10**9),
+    ("vae", "layers_per_block", 10**9),
+    ("vae", "block_out_channels", [10**6] * 4),
+    ("vae", "latent_channels", 10**9),
+    ("vae", "sample_size", 10**9),
+    ("text", "num_hidden_layers", 10**9),
+    ("text", "hidden_size", 10**6),
+    ("text", "vocab_size", 10**12),
+    ("text", "max_position_embeddings", 10**12),
+    ("text", "intermediate_size", 10**12),
+    ("scheduler", "num_train_timesteps", 10**12),
+    ("scheduler", "trained_betas", [0.5] * 10**6),
+    ("scheduler", "steps_offset", 10**12),
+]
+
+
+@pytest.mark.parametrize(("kind", "key", "value"), GIANTS, ids=lambda v: str(v)[:20])
+def test_f28_f29_giants_are_refused_at_once_and_without_memory(kind: str, key: str, value: object) -> None:
+    scheduler = (scheduler_config, {"_class_name": "DDIMScheduler"}, "")
+    read, good, _ = {**READERS, "scheduler": scheduler}[kind]
+    data = {**good, key: value}
+    (_, error), seconds = attempt(read, data)
+    assert error is not None
+    assert key in str(error.field)
+    assert seconds < 0.01
+    tracemalloc.start()
+    try:
+        attempt(read, data)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+LARGEST = {
+    "levels": {**full_size.SD15_UNET, "block_out_channels": [32] * 16, "layers_per_block": 15},
+    "depth": {**full_size.SD15_UNET, "layers_per_block": 1, "transformer_layers_per_block": [64, 64, 32, 1]},
+}
+
+
+@pytest.mark.parametrize("name", LARGEST)
+def test_f28_the_largest_that_is_accepted_is_built_in_seconds(name: str) -> None:
+    n = len(LARGEST[name]["block_out_channels"])
+    types = {"down_block_types": ["CrossAttnDownBlock2D"] * n, "up_block_types": ["CrossAttnUpBlock2D"] * n}
+    config = unet_config({**LARGEST[name], **types})
+    blocks = sum(level.layers * level.depth for level in (*config.down, *config.up))
+    assert 0.9 * MAX_BLOCKS < blocks <= MAX_BLOCKS
+    start = time.thread_time()
+    with torch.device("meta"):
+        UNet(config)
+    assert time.thread_time() - start < 5
+
+
+@pytest.mark.parametrize("kind", ["unet", "vae"])
+@pytest.mark.parametrize(
+    "key", ["a\nb", "a\0b", "\x1b[31m", "\u202ea", "../../x", "a b", "", "x" * 5000, "é", "'", '"']
+)
+def test_f17_an_unknown_key_stands_escaped_in_the_message(kind: str, key: str) -> None:
+    read, good, where = READERS[kind]
+    with pytest.raises(ConfigError, match="does not know") as caught:
+        read({**good, key: 1})
+    message = str(caught.value)
+    assert message.isprintable()
+    assert len(message) < 300
+    assert f"{where}: ../" not in message
+    assert caught.value.field == f"{where}: {key}"
 
 
 @pytest.mark.parametrize("kind", ["unet", "vae"])

@@ -25,8 +25,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 ARROWS: Mapping[str, set[str]] = {
     "fastldm": {"errors"},
     "__main__": {"cli"},
-    "cli": {"pipeline", "fastldm"},
-    "pipeline": {"tasks", "runtime", "request", "sampling", "image", "prompt"},
+    "cli": {"pipeline", "fastldm", "convert", "info"},
+    "pipeline": {"assemble", "tasks", "runtime", "request", "sampling", "image"},
+    "convert": {"assemble", "runtime", "sampling", "weights"},
+    "info": {"assemble", "runtime", "weights"},
+    "assemble": {"runtime", "sampling", "prompt", "weights"},
     "tasks": {"runtime", "request", "source", "sampling"},
     "runtime": {"model", "weights", "quantize", "sampling"},
     "request": {"sampling", "source", "image"},
@@ -57,7 +60,7 @@ ONLY: Mapping[str, set[str]] = {
 LAZY_UNITS: Mapping[str, set[str]] = {"fastldm": {"pipeline", "image", "sampling"}}
 
 # Other people's packages. Not named here: what pyproject.toml lists as needed at run time, without triton.
-IMPORT_NAMES = {"pillow": "PIL"}
+IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml"}
 OUTSIDE: Mapping[str, set[str]] = {
     "fastldm": set(),
     "config": set(),

@@ -1,20 +1,26 @@
-"""A model's folder as an engine: the index, the configurations, then the weights."""
+"""The parts of a model as an engine: the index, the configurations, then the weights."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
+from torch import nn
 
 from fastldm import config
-from fastldm.errors import ConfigError, brief
+from fastldm.errors import ArgumentError, ConfigError, brief
 from fastldm.model.clip import TextEncoder
 from fastldm.model.unet import UNet
 from fastldm.model.vae import AutoencoderKL
 from fastldm.runtime.engine import Engine
 from fastldm.sampling.config import CLASSES
 from fastldm.weights.files import ModelFolder
-from fastldm.weights.load import load
+from fastldm.weights.keymap import addresses
+from fastldm.weights.load import Tensors, fill, matched, skeleton
+from fastldm.weights.single import Part
 
 log = logging.getLogger("fastldm")
 
@@ -31,25 +37,67 @@ COMPONENTS: dict[str, tuple[str, ...]] = {
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "scheduler": tuple(CLASSES),
 }
+XL_PIPELINES = tuple(name.replace("StableDiffusion", "StableDiffusionXL") for name in PIPELINES)
+XL_COMPONENTS = COMPONENTS | {
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "tokenizer_2": COMPONENTS["tokenizer"],
+}
+NETWORKS: Mapping[str, tuple[Callable[..., Any], type[nn.Module]]] = {
+    "unet": (config.unet_config, UNet),
+    "vae": (config.vae_config, AutoencoderKL),
+    "text_encoder": (config.text_config, TextEncoder),
+    "text_encoder_2": (config.text_config, TextEncoder),
+}
+RUN = ("unet", "vae", "text_encoder")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
-def engine_from(folder: ModelFolder, *, dtype: torch.dtype, device: torch.device) -> Engine:
-    """Raises `FileError`, `ConfigError` or `WeightsError`; every configuration is checked before a weight is read."""
-    unet = config.unet_config(folder.read_json("unet/config.json"))
-    vae = config.vae_config(folder.read_json("vae/config.json"))
-    text = config.text_config(folder.read_json("text_encoder/config.json"))
-    _check_together(unet, vae, text)
-    with (
-        folder.tensors("unet") as unet_tensors,
-        folder.tensors("vae") as vae_tensors,
-        folder.tensors("text_encoder") as text_tensors,
-    ):
-        return Engine(
-            unet=load(lambda: UNet(unet), unet_tensors, dtype=dtype, device=device),
-            vae=load(lambda: AutoencoderKL(vae), vae_tensors, dtype=vae_dtype(vae, dtype), device=device),
-            text_encoder=load(lambda: TextEncoder(text), text_tensors, dtype=dtype, device=device),
-        )
+def engine_from(parts: Mapping[str, Part | nn.Module], *, dtype: torch.dtype, device: torch.device) -> Engine:
+    """parts: of "unet", "vae" and "text_encoder"; a module of ours in place of a part is shared.
+
+    Raises `FileError`, `ConfigError` or `WeightsError`; every configuration, name and shape is checked before a weight
+    is read.
+    """
+    unet, vae, text = (planned(name, parts[name]) for name in RUN)
+    _check_together(unet.config, vae.config, text.config, [_where(parts[name], name) for name in RUN])
+    tensors = [opened(network, parts[name]) for name, network in zip(RUN, (unet, vae, text), strict=True)]
+    filled = partial(_filled, device=device)
+    return Engine(
+        unet=filled(unet, tensors[0], dtype=dtype),
+        vae=filled(vae, tensors[1], dtype=vae_dtype(vae.config, dtype)),
+        text_encoder=filled(text, tensors[2], dtype=dtype),
+    )
+
+
+def planned(component: str, part: Part | nn.Module) -> Any:
+    """The network of a part, without weights; a module as it is."""
+    translate, network = NETWORKS[component]
+    if isinstance(part, Part):
+        translated = translate(part.json, part.where)
+        return skeleton(lambda: network(translated))
+    if not isinstance(part, network):
+        reason = f"is a {type(part).__name__}, and must be a {network.__name__}"
+        raise ArgumentError(f"{component}: {reason}", field=component)
+    return part
+
+
+def opened(network: nn.Module, part: Part | nn.Module) -> Tensors | None:
+    """The tensors of a part, which are just those that the network needs; None for a module."""
+    if not isinstance(part, Part):
+        return None
+    tensors = part.open(network.config, addresses(network))
+    matched(network, tensors)
+    return tensors
+
+
+def _filled(network: Any, tensors: Tensors | None, *, dtype: torch.dtype, device: torch.device) -> Any:
+    if tensors is not None:
+        return fill(network, tensors, dtype=dtype, device=device)
+    weight = next(network.parameters())
+    if (weight.dtype, weight.device) != (dtype, device):
+        reason = f"is {weight.dtype} on {weight.device}, and shared as it is: {dtype} on {device} is needed"
+        raise ArgumentError(f"a {type(network).__name__} {reason}", field="torch_dtype")
+    return network
 
 
 def vae_dtype(vae: config.VAEConfig, dtype: torch.dtype) -> torch.dtype:
@@ -57,31 +105,42 @@ def vae_dtype(vae: config.VAEConfig, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 and vae.force_upcast else dtype
 
 
-def check_index(folder: ModelFolder) -> None:
-    """model_index.json must name a pipeline and components that we have."""
+def check_index(folder: ModelFolder, *, xl: bool = False) -> str:
+    """The pipeline that model_index.json names, which must be one that we have, as its components. xl: SDXL's, too."""
     where = "model_index.json"
     index = folder.read_json(where)
     name = index.get("_class_name")
-    if name not in PIPELINES:
+    if name not in PIPELINES + (XL_PIPELINES if xl else ()):
+        kind = "Stable Diffusion XL is recognised, and not painted yet" if name in XL_PIPELINES else "is not supported"
         raise ConfigError(
-            f"{where}: _class_name = {name!r} is not supported; supported: {', '.join(PIPELINES)}",
-            field="_class_name",
+            f"{where}: _class_name = {brief(name)}: {kind}; supported: {', '.join(PIPELINES)}", field="_class_name"
         )
+    components = XL_COMPONENTS if name in XL_PIPELINES else COMPONENTS
     for key, value in index.items():
-        if not isinstance(value, list) or value[:1] == [None]:
-            continue
-        if key not in COMPONENTS and key not in UNUSED:
+        absent = value in (None, [None, None])
+        if key in components and not (absent and name in XL_PIPELINES):
+            _check_component(where, key, value, components[key])
+        elif isinstance(value, list | dict) and not absent and key not in (*components, *UNUSED):
             raise ConfigError(f"{where}: {brief(key)} is no component of {name}", field=key)
-        if key in COMPONENTS and (len(value) != 2 or value[1] not in COMPONENTS[key]):
-            raise ConfigError(
-                f"{where}: {key} = {brief(value)} is not supported; supported: {', '.join(COMPONENTS[key])}",
-                field=key,
-            )
-        if key in ("safety_checker", "image_encoder"):
+        elif key in ("safety_checker", "image_encoder") and not absent:
             log.warning("%s: the model's %s is not run", folder.root, key.replace("_", " "))
+    return str(name)
 
 
-def _check_together(unet: config.UNetConfig, vae: config.VAEConfig, text: config.TextConfig) -> None:
+def _check_component(where: str, key: str, value: object, classes: Sequence[str]) -> None:
+    library = "transformers" if key.startswith(("text_encoder", "tokenizer")) else "diffusers"
+    if not isinstance(value, list) or value not in ([library, name] for name in classes):
+        supported = ", ".join(f"{library}.{name}" for name in classes)
+        raise ConfigError(f"{where}: {key} = {brief(value)} is not supported; supported: {supported}", field=key)
+
+
+def _where(part: Part | nn.Module, component: str) -> str:
+    return part.where if isinstance(part, Part) else component
+
+
+def _check_together(
+    unet: config.UNetConfig, vae: config.VAEConfig, text: config.TextConfig, where: Sequence[str]
+) -> None:
     latent = vae.latent_channels
     inputs = (latent, 2 * latent, 2 * latent + 1)
     checks = (
@@ -91,12 +150,11 @@ def _check_together(unet: config.UNetConfig, vae: config.VAEConfig, text: config
     )
     for key, value, what, allowed in checks:
         if value not in allowed:
-            field = f"unet/config.json: {key}"
+            field = f"{where[0]}: {key}"
             raise ConfigError(f"{field} = {value} must be {' or '.join(map(str, allowed))}: {what}", field=field)
     if (vae.in_channels, vae.out_channels) != (3, 3):
-        raise ConfigError(
-            f"vae/config.json: in_channels = {vae.in_channels}, out_channels = {vae.out_channels}: images have 3",
-            field="vae/config.json: out_channels",
-        )
+        field = f"{where[1]}: out_channels"
+        reason = f"= {vae.out_channels}, in_channels = {vae.in_channels}: images have 3"
+        raise ConfigError(f"{field} {reason}", field=field)
     if unet.added is not None:
-        raise ConfigError("unet/config.json: addition_embed_type: SDXL cannot be painted yet", field="unet/config.json")
+        raise ConfigError(f"{where[0]}: addition_embed_type: SDXL cannot be painted yet", field=where[0])

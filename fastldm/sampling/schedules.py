@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fastldm.errors import ArgumentError
+from fastldm.errors import ArgumentError, ConfigError
 from fastldm.sampling.config import SchedulerConfig
 from fastldm.sampling.run import Run, given, steps_error
 
@@ -91,9 +91,13 @@ def alphas_cumprod(config: SchedulerConfig, *, finite_sigma: bool = False) -> Fl
 
 
 def training_sigmas(config: SchedulerConfig) -> Floats32:
-    """σ_t for each training timestep, rising."""
+    """σ_t for each training timestep, rising. Raises `ConfigError` where no signal is left at the last."""
     bar = alphas_cumprod(config, finite_sigma=True)
-    return np.sqrt((1 - bar) / bar)
+    with np.errstate(divide="ignore"):
+        sigmas: Floats32 = np.sqrt((1 - bar) / bar)
+    if not np.isfinite(sigmas).all():
+        raise ConfigError("these betas leave no signal at the last timestep: its sigma is infinite", field="beta_end")
+    return sigmas
 
 
 # ------------------------------------------------------------------------------------------------------- timesteps

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fastldm.errors import WeightsError
+from fastldm.errors import WeightsError, brief
 from fastldm.weights.header import TensorInfo
-from fastldm.weights.keymap import Address, addresses, fits, present_name
+from fastldm.weights.keymap import addresses, fits, present_name
 
 log = logging.getLogger("fastldm")
 
 Model = TypeVar("Model", bound=nn.Module)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHOWN = 10  # names listed in a message
+_PLAIN = re.compile(r"\w[\w.-]{0,199}", re.ASCII)
 
 
 class Tensors(Protocol):
@@ -30,17 +32,36 @@ class Tensors(Protocol):
     def read(self, name: str) -> Tensor: ...
 
 
-def load(build: Callable[[], Model], tensors: Tensors, *, dtype: torch.dtype, device: torch.device) -> Model:
-    """A model with the checkpoint's weights, in `dtype` on `device`, for inference.
+class StateDict:
+    """Named tensors in memory, as a module of another library has them."""
 
-    build: makes the model; called under `torch.device("meta")`, which holds for this thread alone.
+    def __init__(self, where: str, tensors: Mapping[str, Tensor]) -> None:
+        self.where, self._tensors = where, tensors
+        self.infos = {k: TensorInfo(k, v.dtype, tuple(v.shape)) for k, v in tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name].detach().cpu().contiguous()
+
+
+def load(build: Callable[[], Model], tensors: Tensors, *, dtype: torch.dtype, device: torch.device) -> Model:
+    """`fill` of the `skeleton` that `build` makes."""
+    return fill(skeleton(build), tensors, dtype=dtype, device=device)
+
+
+def skeleton(build: Callable[[], Model]) -> Model:
+    """A model without weights. `build` is called under `torch.device("meta")`, which holds for this thread alone."""
+    with torch.device("meta"):
+        return build().requires_grad_(False).eval()
+
+
+def fill(model: Model, tensors: Tensors, *, dtype: torch.dtype, device: torch.device) -> Model:
+    """The skeleton with the checkpoint's weights, in `dtype` on `device`, for inference.
+
     Memory grows by the weights in `dtype` and one tensor as it is on disk.
     Raises WeightsError naming what is missing, left over, of another shape, no float, or not finite in `dtype`.
     """
-    with torch.device("meta"):
-        model = build().requires_grad_(False).eval()
     table = addresses(model)
-    names = _matched(table, model, tensors)
+    names = matched(model, tensors)
     by_parameter: dict[str, list[str]] = {}
     for hub, address in table.items():
         by_parameter.setdefault(address.parameter, []).append(hub)
@@ -52,40 +73,43 @@ def load(build: Callable[[], Model], tensors: Tensors, *, dtype: torch.dtype, de
             rows = packed[table[hub].start : table[hub].stop]
             source = tensors.read(names[hub])
             rows.copy_(source.view(rows.shape))
-            _check_finite(rows, source, names[hub], tensors.where)
+            check_finite(rows, source, tensors.infos[names[hub]].name, tensors.where)
         _assign(model, parameter, packed)
     return model
 
 
-def _matched(table: Mapping[str, Address], model: nn.Module, tensors: Tensors) -> dict[str, str]:
-    """{the hub's present name: the name in the file}, after checking that both sides are the same set and shapes."""
+def matched(model: nn.Module, tensors: Tensors) -> dict[str, str]:
+    """{the hub's present name: the name in `tensors`}, after checking that both sides are the same set and shapes."""
+    table = addresses(model)
     names: dict[str, str] = {}
     for name in tensors.infos:
         hub = present_name(name)
         if hub is None:
             continue
         if hub in names:
-            raise WeightsError(f"{tensors.where}: {names[hub]!r} and {name!r} are the same tensor", field=name)
+            twice = _listed((names[hub], name))
+            raise WeightsError(f"{tensors.where}: {twice} are the same tensor", field=name)
         names[hub] = name
-    _refuse(tensors.where, "are missing", table.keys() - names.keys(), len(table))
-    _refuse(tensors.where, "do not belong to this model", names.keys() - table.keys(), len(names))
+    refuse(tensors.where, "are missing", table.keys() - names.keys(), len(table))
+    refuse(tensors.where, "do not belong to this model", names.keys() - table.keys(), len(names))
     for hub, name in names.items():
         info, address = tensors.infos[name], table[hub]
         target = model.get_parameter(address.parameter)[address.start : address.stop]
         if not fits(info.shape, target):
             raise WeightsError(
-                f"{tensors.where}: {name} has shape {tuple(info.shape)}, the model needs {tuple(target.shape)}",
-                field=name,
+                f"{tensors.where}: {info.name} has shape {tuple(info.shape)}, the model needs {tuple(target.shape)}",
+                field=info.name,
             )
         if info.dtype not in FLOATS:
-            raise WeightsError(f"{tensors.where}: {name} is {info.dtype}, weights must be floats", field=name)
+            raise WeightsError(f"{tensors.where}: {info.name} is {info.dtype}, weights must be floats", field=info.name)
     doubles = [name for name in names.values() if tensors.infos[name].dtype == torch.float64]
     if doubles:
         log.warning("%s: %d tensors are float64 and are rounded", tensors.where, len(doubles))
     return names
 
 
-def _refuse(where: str, problem: str, names: Collection[str], total: int) -> None:
+def refuse(where: str, problem: str, names: Collection[str], total: int) -> None:
+    """Raises `WeightsError` with the first ten of `names` and how many of `total` they are, if there is one."""
     if names:
         shown = sorted(names)
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
@@ -96,10 +120,11 @@ def _refuse(where: str, problem: str, names: Collection[str], total: int) -> Non
 
 
 def _listed(names: Iterable[str]) -> str:
-    return ", ".join(name if name.isprintable() and len(name) < 200 else repr(name[:200]) for name in names)
+    return ", ".join(name if _PLAIN.fullmatch(name) else brief(name) for name in names)
 
 
-def _check_finite(rows: Tensor, source: Tensor, name: str, where: str) -> None:
+def check_finite(rows: Tensor, source: Tensor, name: str, where: str) -> None:
+    """Raises `WeightsError` if `rows`, which is `source` in another dtype, has a NaN or infinity."""
     if torch.isfinite(rows.sum(dtype=torch.float32)) or bool(torch.isfinite(rows).all()):
         return
     if bool(torch.isfinite(source).all()):

@@ -242,6 +242,14 @@ def _suits(name: str, base: SchedulerConfig) -> bool:
     return False
 
 
+def test_betas_that_leave_no_signal_are_an_error() -> None:
+    """ᾱ underflows to 0, so that the last sigma would be infinite."""
+    config = scheduler_config({"_class_name": "SASolverScheduler", "beta_end": 0.5, "use_karras_sigmas": True})
+    with pytest.raises(ConfigError, match="no signal") as caught:
+        sampler_table(config, 3)
+    assert caught.value.field == "beta_end"
+
+
 def test_the_documentation_has_every_name() -> None:
     text = (Path(__file__).parents[2] / "docs" / "samplers.md").read_text(encoding="utf-8")
     for name, (_, _, line) in NAMES.items():
