@@ -21,7 +21,7 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **options)
         except Error as error:
-            click.echo(f"fastldm: {error}", err=True)
+            click.echo(f"fastldm: {' '.join(str(error).splitlines())}", err=True)
             sys.exit(1)
         except KeyboardInterrupt:
             click.echo("fastldm: interrupted", err=True)

@@ -114,8 +114,8 @@ class Checkpoint:
         if component == "scheduler":
             said = self._original.scheduler if self._original else {}
             zero_snr = "ztsnr" in self.shapes
-            usual = SD2.scheduler if zero_snr and self.family is SD1 else self.family.scheduler  # PNDM has no such betas
-            data = {**usual, **said, "prediction_type": self.prediction_type}
+            family = SD2 if zero_snr and self.family is SD1 else self.family  # SD 1's PNDM has no such betas
+            data = {**family.scheduler, **said, "prediction_type": self.prediction_type}
             return data | {"rescale_betas_zero_snr": True} if zero_snr else data
         prefix = self.found.sections[component]
         section = under(self.shapes, prefix)

@@ -28,9 +28,7 @@ class Dictionary:
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
-        self.infos: Any = {
-            k: SimpleNamespace(name=k, shape=tuple(v.shape), dtype=v.dtype) for k, v in tensors.items()
-        }
+        self.infos: Any = {k: SimpleNamespace(name=k, shape=tuple(v.shape), dtype=v.dtype) for k, v in tensors.items()}
 
     def read(self, name: str) -> Tensor:
         return self.tensors[name].contiguous()
