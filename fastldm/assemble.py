@@ -22,10 +22,10 @@ from fastldm.prompt import Tokenizer
 from fastldm.runtime.build import RUN, check_index
 from fastldm.sampling import SchedulerConfig, scheduler_config
 from fastldm.weights.families import SD1, Family
-from fastldm.weights.files import STEMS, File, ModelFolder, inside, open_file, open_model
+from fastldm.weights.files import STEMS, ModelFolder, TensorFiles, inside, open_file, open_model, open_regular
 from fastldm.weights.load import StateDict, Tensors
 from fastldm.weights.original import MAX_YAML, Original, original_config
-from fastldm.weights.single import Checkpoint, Part, lone_vae
+from fastldm.weights.single import Checkpoint, Part, lone_text_encoder, lone_vae
 
 CLIP_ID = "openai/clip-vit-large-patch14"  # whose tokenizer every Stable Diffusion uses
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -36,7 +36,6 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 OPEN_CLIP_PAD = 0  # OpenCLIP fills the window with zeros, whatever the tokenizer's files say
 FILE_ONLY = ("config", "original_config", "prediction_type", "extract_ema")
 FOLDER_ONLY = ("variant", "revision")
-FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _HUB_FILE = re.compile(r"https://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/(.+)")
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -59,6 +58,15 @@ class Asked:
     prediction_type: str | None = None
     extract_ema: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("model", "config", "original_config", "cache_dir"):
+            value = getattr(self, name)
+            if not isinstance(value, str | os.PathLike) and (value is not None or name == "model"):
+                raise ArgumentError(f"{name} = {brief(value)}: must be a path", field=name)
+        if self.extract_ema not in (True, False):
+            reason = f"extract_ema = {brief(self.extract_ema)}: must be True or False"
+            raise ArgumentError(reason, field="extract_ema")
+
     @property
     def path(self) -> str:
         return os.path.expanduser(os.fspath(self.model))
@@ -69,15 +77,21 @@ class Asked:
         path = self.path
         if os.path.lexists(path):
             return not os.path.isdir(path)
-        return _HUB_FILE.fullmatch(path) is not None or path.endswith(FILE_SUFFIXES)
+        return _HUB_FILE.fullmatch(path) is not None or path.lower().endswith(FILE_SUFFIXES)
 
     def file(self) -> Path:
         """The single file, fetched if need be."""
+        if self.path.startswith(("http://", "https://")) and not _HUB_FILE.fullmatch(self.path):
+            reason = "only files of the hub are fetched: download it, and pass its path"
+            raise FileError(f"{brief(self.path)}: {reason}", field="model")
         return self._fetched(self.path) if _HUB_FILE.fullmatch(self.path) else Path(self.path)
 
-    def folder(self, name: PathLike) -> ModelFolder:
-        """A model's folder on disk, or one in the hub's cache: nothing is fetched."""
-        return open_model(name, cache_dir=self.cache_dir, local_files_only=True)
+    def folder(self, name: PathLike, argument: str) -> ModelFolder:
+        """The folder that an argument names, on disk or in the hub's cache: nothing is fetched."""
+        try:
+            return open_model(name, cache_dir=self.cache_dir, local_files_only=True)
+        except FileError as error:
+            raise FileError(f"{argument}: {error}", field=argument) from None
 
     def _fetched(self, url: str) -> Path:
         """A file of the hub, by its address there."""
@@ -176,8 +190,8 @@ def folder_part(folder: ModelFolder, name: str, files: ExitStack, component: str
 
 
 def _from_file(asked: Asked, files: ExitStack) -> Assembly:
-    folder = None if asked.config is None else asked.folder(asked.config)
-    checkpoint = open_checkpoint(asked, files, folder)
+    folder = None if asked.config is None else asked.folder(asked.config, "config")
+    checkpoint = told(asked, open_single(asked, files), folder)
     if not checkpoint.family.runs:
         what = f"is {checkpoint.family.name}, which can be converted and is not painted yet"
         raise FileError(f"{checkpoint.where}: {what}", field="model")
@@ -188,18 +202,21 @@ def _from_file(asked: Asked, files: ExitStack) -> Assembly:
     return Assembly(dict(parts), scheduler, tokenizer, files)
 
 
-def open_checkpoint(asked: Asked, files: ExitStack, folder: ModelFolder | None) -> Checkpoint:
-    """The single file, with the yaml beside it or the one that is asked for; open until `files` is closed.
-
-    folder: has the configurations of its components.
-    """
+def open_single(asked: Asked, files: ExitStack) -> TensorFiles:
+    """The tensors of the single file, open until `files` is closed."""
     _check_for_file(asked)
-    path = asked.file()
-    tensors = files.enter_context(open_file(path))
-    said = None
+    return files.enter_context(open_file(asked.file()))
+
+
+def told(asked: Asked, tensors: TensorFiles, folder: ModelFolder | None) -> Checkpoint:
+    """What a single file is, with the yaml beside it or the one that is asked for.
+
+    folder: has the configurations of its components, so that no yaml is needed.
+    """
+    path, said = Path(tensors.where), None
     if asked.original_config is not None:
         said = read_original(Path(os.path.expanduser(asked.original_config)))
-    elif path.with_suffix(".yaml").exists():
+    elif folder is None and os.path.lexists(path.with_suffix(".yaml")):
         said = read_original(path.with_suffix(".yaml"))
     prediction_type = asked.prediction_type
     if prediction_type is None and folder is not None and folder.has(SCHEDULER):
@@ -224,7 +241,7 @@ def _check_for_file(asked: Asked) -> None:
 
 def read_original(path: Path) -> Original:
     """A yaml file as `original_config` reads it."""
-    with File(Path(os.path.realpath(path)), str(path)) as file:
+    with open_regular(path) as file:
         if file.size > MAX_YAML:
             raise FileError(f"{path} has {file.size} bytes; at most {MAX_YAML} are allowed")
         return original_config(file.read(file.size, 0), str(path))
@@ -269,7 +286,7 @@ def folder_tokenizer(asked: Asked, folder: ModelFolder, encoder: str) -> Tokeniz
 def file_tokenizer(asked: Asked, folder: ModelFolder | None, checkpoint: Checkpoint, encoder: str) -> TokenizerAt:
     """The tokenizer of a text encoder in a single file: given, in `folder`, or in the hub's cache."""
     component = tokenizer_of(encoder)
-    if asked.tokenizer is None and folder is not None and _has_tokenizer(folder, component):
+    if asked.tokenizer is None and folder is not None and has_tokenizer(folder, component):
         return TokenizerAt(folder, component)
     found = _cached_clip(asked, checkpoint.where) if asked.tokenizer is None else _given_tokenizer(asked)
     return replace(found, pad=_pad(checkpoint, encoder))
@@ -281,8 +298,8 @@ def _pad(checkpoint: Checkpoint, encoder: str) -> int | None:
 
 def _cached_clip(asked: Asked, where: str) -> TokenizerAt:
     with suppress(Error):
-        folder = asked.folder(CLIP_ID)
-        if _has_tokenizer(folder, ""):
+        folder = asked.folder(CLIP_ID, "tokenizer")
+        if has_tokenizer(folder, ""):
             return TokenizerAt(folder, "")
     advice = (
         f"pass tokenizer= with a folder that holds tokenizer.json, or vocab.json and merges.txt (that of any Stable "
@@ -307,12 +324,10 @@ def given(name: str, asked: Asked, files: ExitStack, family: Family = SD1) -> Pa
         reason = f"must be a path, a module of diffusers or transformers, or of fastldm, not {type(value).__name__}"
         raise ArgumentError(f"{name}: {reason}", field=name)
     path = Path(os.path.expanduser(value))
-    if path.is_file() or (not path.exists() and path.name.endswith(FILE_SUFFIXES)):
-        if name != "vae":
-            reason = "a text encoder is given as a folder with config.json and its weights"
-            raise ArgumentError(f"{name} = {brief(str(path))}: {reason}", field=name)
-        return lone_vae(files.enter_context(open_file(path)), family)
-    folder = asked.folder(value)
+    if os.path.isfile(path) or (path.name.lower().endswith(FILE_SUFFIXES) and not os.path.isdir(path)):
+        tensors = files.enter_context(open_file(path))
+        return lone_vae(tensors, family) if name == "vae" else lone_text_encoder(tensors)
+    folder = asked.folder(value, name)
     return folder_part(folder, name, files, name if folder.has(name) else "")
 
 
@@ -349,7 +364,10 @@ class TokenizerAt:
     def token(self, number: int) -> str:
         """The token with an id, whatever the text encoder."""
         found = Tokenizer.from_folder(self.folder, self.component, positions=MAX_POSITIONS, vocab_size=MAX_TOKENS)
-        return str(found.bpe.id_to_token(number))
+        text = found.bpe.id_to_token(number)
+        if text is None:
+            raise FileError(f"{self.folder.root}: the tokenizer has no token with the id {number}", field="tokenizer")
+        return str(text)
 
 
 def tokenizer_of(encoder: str) -> str:
@@ -357,7 +375,8 @@ def tokenizer_of(encoder: str) -> str:
     return encoder.replace("text_encoder", "tokenizer")
 
 
-def _has_tokenizer(folder: ModelFolder, component: str) -> bool:
+def has_tokenizer(folder: ModelFolder, component: str) -> bool:
+    """Whether there is a vocabulary."""
     return any(folder.has(inside(component, name)) for name in TOKENIZER_FILES)
 
 
@@ -365,8 +384,8 @@ def _given_tokenizer(asked: Asked) -> TokenizerAt:
     if not isinstance(asked.tokenizer, str | os.PathLike):
         reason = f"must be a folder or a tokenizer of transformers, not {type(asked.tokenizer).__name__}"
         raise ArgumentError(f"tokenizer: {reason}", field="tokenizer")
-    folder = asked.folder(asked.tokenizer)
-    component = next((name for name in ("", "tokenizer") if _has_tokenizer(folder, name)), None)
+    folder = asked.folder(asked.tokenizer, "tokenizer")
+    component = next((name for name in ("", "tokenizer") if has_tokenizer(folder, name)), None)
     if component is None:
         reason = "has neither tokenizer.json nor vocab.json, and no folder tokenizer with one"
         raise FileError(f"{folder.root} {reason}", field="tokenizer")

@@ -100,15 +100,19 @@ def _text(said: dict[str, Any]) -> str:
         if key == "components":
             lines += [f"{name}: {_values(parts)}" for name, parts in value.items()]
         elif key == "problems":
-            lines += [f"problem: {problem}" for problem in value]
+            lines += [f"problem: {_values(problem)}" for problem in value]
         else:
             lines.append(f"{key.replace('_', ' ')}: {_values(value)}")
     return "\n".join(lines)
 
 
 def _values(value: Any) -> str:
+    """Strings out of files cannot steer the terminal."""
     if isinstance(value, dict):
         return ", ".join(f"{key.replace('_', ' ')} {_values(item)}" for key, item in value.items())
     if isinstance(value, list):
-        return " ".join(map(str, value))
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        return " ".join(map(_values, value))
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    text = str(value)
+    return text if text.isprintable() else ascii(text)

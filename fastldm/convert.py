@@ -28,13 +28,14 @@ from fastldm.assemble import (
     folder_part,
     folder_tokenizer,
     given,
-    open_checkpoint,
     open_folder,
+    open_single,
     tokenizer_of,
+    told,
 )
 from fastldm.errors import ArgumentError, Error, FileError, brief
 from fastldm.prompt import MAX_VOCABULARY, tokenizer_json
-from fastldm.runtime.build import XL_PIPELINES, check_index, opened, planned
+from fastldm.runtime.build import RUN, XL_PIPELINES, check_index, check_together, opened, planned
 from fastldm.sampling import scheduler_config
 from fastldm.weights import ldm
 from fastldm.weights.families import REFINER, SD1, SD2, SDXL, Family
@@ -49,6 +50,15 @@ log = logging.getLogger("fastldm")
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FILE_SUFFIX = FILE_SUFFIXES[0]
+TRAINED = (
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "num_train_timesteps",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+)
 SETTINGS = ("force_zeros_for_empty_prompt", "requires_aesthetics_score")  # of SDXL's pipelines, in their index
 _SETTINGS: Mapping[str, Mapping[str, Any]] = {
     SDXL.name: {"force_zeros_for_empty_prompt": True},
@@ -72,14 +82,19 @@ class Network:
     def info(self, name: str, dtype: torch.dtype | None) -> TensorInfo:
         found = self.tensors.infos[self.names[name]]
         wanted = dtype if dtype is not None and found.dtype in FLOATS else found.dtype
-        return TensorInfo(name, wanted, tuple(found.shape))
+        return TensorInfo(name, wanted, self._shape(name))
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """Raises `WeightsError` for NaN, infinity, and what is too large for `dtype`."""
         source = self.tensors.read(self.names[name])
         tensor = source.to(dtype)
         check_finite(tensor, source, self.tensors.infos[self.names[name]].name, self.tensors.where)
-        return tensor
+        return tensor.view(self._shape(name))
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """An autoencoder's attention is of linear layers now; older files have 1×1 convolutions."""
+        shape = tuple(self.tensors.infos[self.names[name]].shape)
+        return shape[:2] if self.component == "vae" and ".attentions." in name else shape
 
 
 @dataclass(frozen=True)
@@ -102,13 +117,13 @@ def convert(asked: Asked, out: str | os.PathLike[str], *, dtype: str | None = No
     path = Path(os.path.expanduser(out))
     if dtype not in (None, *DTYPES):
         raise ArgumentError(f"dtype = {brief(dtype)}: must be one of {', '.join(DTYPES)}", field="dtype")
-    if path.name.endswith(FILE_SUFFIXES[1:]):
+    if path.name.lower().endswith(FILE_SUFFIXES[1:]):
         raise ArgumentError(f"{path}: pickles are not written: end it in {FILE_SUFFIX}, or name a folder", field="out")
     if os.path.lexists(path):
         raise ArgumentError(f"{path} exists: move it away, or choose another name", field="out")
     if not path.absolute().parent.is_dir():
         raise ArgumentError(f"{path}: there is no folder {path.absolute().parent}", field="out")
-    write = _write_file if path.name.endswith(FILE_SUFFIX) else _write_folder
+    write = _write_file if path.name.lower().endswith(FILE_SUFFIX) else _write_folder
     with ExitStack() as files:
         write(read_model(asked, files), path.absolute(), DTYPES.get(dtype or ""), progress)
     return path
@@ -120,8 +135,8 @@ def read_model(asked: Asked, files: ExitStack) -> Model:
 
 
 def _from_file(asked: Asked, files: ExitStack) -> Model:
-    folder = None if asked.config is None else asked.folder(asked.config)
-    checkpoint = open_checkpoint(asked, files, folder)
+    folder = None if asked.config is None else asked.folder(asked.config, "config")
+    checkpoint = told(asked, open_single(asked, files), folder)
     family = checkpoint.family
     parts = {
         name: file_part(checkpoint, folder, name)
@@ -182,6 +197,9 @@ def _networks(parts: Mapping[str, Any]) -> dict[str, Network]:
         names = {present_name(name): name for name in tensors.infos}
         known = {hub: name for hub, name in names.items() if hub is not None}
         found[component] = Network(component, part.json, model.config, tensors, known)
+    if set(found) == set(RUN):
+        unet, vae, text = (found[name].config for name in RUN)
+        check_together(unet, vae, text, [parts[name].where for name in RUN])
     return found
 
 
@@ -211,8 +229,8 @@ def _write_folder(model: Model, out: Path, dtype: torch.dtype | None, progress: 
         _write_json(part / "model_index.json", _index(model))
         os.rename(part, out)
         sync_folder(out.parent)
-    except FileError:
-        raise
+    except FileError as error:
+        raise FileError(str(error).replace(str(part), str(out)), field=error.field) from None
     except OSError as error:
         raise FileError(f"{out} cannot be written: {error.strerror or error}", field="out") from error
     finally:
@@ -325,14 +343,16 @@ class _Written:
 
 
 def _says_all(written: Tensors, model: Model) -> bool:
-    """Whether the file alone is read as the same networks, which predict the same."""
+    """Whether the file alone is read as the same networks, trained on the same noise to predict the same."""
     try:
         checkpoint = Checkpoint(written)
         found = {name: planned(name, checkpoint.part(name)).config for name in model.networks}
     except Error:
         return False
     same = all(_essence(found[name]) == _essence(network.config) for name, network in model.networks.items())
-    return same and checkpoint.prediction_type == model.scheduler.get("prediction_type", "epsilon")
+    trained = (scheduler_config(data, SCHEDULER) for data in (checkpoint.json("scheduler"), model.scheduler))
+    schedules = [tuple(getattr(config, key) for key in TRAINED) for config in trained]
+    return same and schedules[0] == schedules[1]
 
 
 def _essence(config: Any) -> Any:

@@ -1,17 +1,18 @@
-"""What a model's file or folder is, without reading its weights."""
+"""What a model's file or folder is, from its names, shapes and configurations."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
-from fastldm.assemble import Asked, file_part, folder_part, open_checkpoint, open_folder
-from fastldm.errors import Error, FileError
+from fastldm.assemble import SCHEDULER, Asked, file_part, folder_part, has_tokenizer, open_folder, open_single, told
+from fastldm.errors import Error
 from fastldm.runtime.build import NETWORKS, check_index, opened, planned
-from fastldm.weights.files import open_file
+from fastldm.weights.detect import OtherKind
+from fastldm.weights.families import FAMILIES, TASKS
 from fastldm.weights.load import Tensors
 from fastldm.weights.single import Part
 
@@ -34,17 +35,17 @@ def info(asked: Asked) -> dict[str, Any]:
 
 
 def _of_file(asked: Asked, files: ExitStack) -> dict[str, Any]:
-    tensors = files.enter_context(open_file(asked.file()))
-    said = {"path": tensors.where, "layout": "original", "kind": None, **_counted(tensors)}
-    folder = None if asked.config is None else asked.folder(asked.config)
+    tensors = open_single(asked, files)
+    said: dict[str, Any] = {"path": tensors.where, "layout": "original", "kind": None, **_counted(tensors)}
+    folder = None if asked.config is None else asked.folder(asked.config, "config")
     try:
-        checkpoint = open_checkpoint(asked, files, folder)
-    except FileError as error:
-        if error.field != "model":
-            raise
-        return said | {"layout": None, "kind": str(error).removeprefix(f"{tensors.where}: ").removeprefix("is ")}
+        checkpoint = told(asked, tensors, folder)
+    except OtherKind as error:
+        return said | {"layout": None, "kind": error.kind.removeprefix("is ")}
+    except Error as error:
+        return said | {"problems": [str(error)]}
     wanted = ("unet", "vae", *checkpoint.family.texts)
-    parts = {name: file_part(checkpoint, folder, name) for name in wanted if name in checkpoint.found.sections}
+    found = [name for name in wanted if name in checkpoint.found.sections]
     return said | {
         "family": checkpoint.family.name,
         "task": checkpoint.found.task,
@@ -52,8 +53,8 @@ def _of_file(asked: Asked, files: ExitStack) -> dict[str, Any]:
         "runs": checkpoint.family.runs,
         "prediction_type": checkpoint.prediction_type,
         "averaged_weights": checkpoint.has_ema,
-        "missing": [*(name for name in wanted if name not in parts), "tokenizer"],
-        **_described(parts),
+        "missing": [*(name for name in wanted if name not in found), "tokenizer"],
+        **_described(found, lambda name: file_part(checkpoint, folder, name)),
     }
 
 
@@ -62,31 +63,39 @@ def _of_folder(asked: Asked, files: ExitStack) -> dict[str, Any]:
     pipeline = check_index(folder, xl=True)
     xl = "XL" in pipeline
     wanted = tuple(NETWORKS) if xl else ("unet", "vae", "text_encoder")
-    parts = {name: folder_part(folder, name, files) for name in wanted if folder.has(f"{name}/config.json")}
-    others = ("tokenizer", "scheduler")
-    scheduler = "scheduler/scheduler_config.json"
+    found = [name for name in wanted if folder.has(f"{name}/config.json")]
+    others = {"tokenizer": has_tokenizer(folder, "tokenizer"), "scheduler": folder.has(SCHEDULER)}
+    described = _described(found, lambda name: folder_part(folder, name, files))
+    unet = described["components"].get("unet", {})
+    family = next((f for f in FAMILIES if f.context_dim == unet.get("cross_attention_dim")), None)
     said = {
         "path": str(folder.root),
         "layout": "diffusers",
         "kind": None,
         "pipeline": pipeline,
         "runs": not xl,
-        "prediction_type": folder.read_json(scheduler).get("prediction_type") if folder.has(scheduler) else None,
+        "family": family.name if family else None,
+        "task": TASKS.get(unet.get("in_channels", 0) - 4),
+        "prediction_type": folder.read_json(SCHEDULER).get("prediction_type", "epsilon")
+        if others["scheduler"]
+        else None,
         "missing": [
-            *(name for name in wanted if name not in parts),
-            *(name for name in others if not folder.has(name)),
+            *(name for name in wanted if name not in found),
+            *(name for name, there in others.items() if not there),
         ],
     }
-    return said | _described(parts)
+    return said | described
 
 
-def _described(parts: Mapping[str, Part]) -> dict[str, Any]:
+def _described(names: Iterable[str], part_of: Callable[[str], Part]) -> dict[str, Any]:
     """Of each component: its dimensions and parameters, and the error that reading it would raise."""
     components: dict[str, Any] = {}
     problems: list[str] = []
-    for name, part in parts.items():
-        said = {key: part.json[key] for key in DIMENSIONS[name] if part.json.get(key) is not None}
+    for name in names:
+        said: dict[str, Any] = {}
         try:
+            part = part_of(name)
+            said |= {key: part.json[key] for key in DIMENSIONS[name] if part.json.get(key) is not None}
             network = planned(name, part)
             said["parameters"] = sum(parameter.numel() for parameter in network.parameters())
             tensors = opened(network, part)

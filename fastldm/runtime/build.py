@@ -59,7 +59,10 @@ def engine_from(parts: Mapping[str, Part | nn.Module], *, dtype: torch.dtype, de
     is read.
     """
     unet, vae, text = (planned(name, parts[name]) for name in RUN)
-    _check_together(unet.config, vae.config, text.config, [_where(parts[name], name) for name in RUN])
+    check_together(unet.config, vae.config, text.config, [_where(parts[name], name) for name in RUN])
+    if unet.config.added is not None:
+        where = _where(parts["unet"], "unet")
+        raise ConfigError(f"{where}: addition_embed_type: SDXL cannot be painted yet", field=where)
     tensors = [opened(network, parts[name]) for name, network in zip(RUN, (unet, vae, text), strict=True)]
     filled = partial(_filled, device=device)
     return Engine(
@@ -76,7 +79,7 @@ def planned(component: str, part: Part | nn.Module) -> Any:
         translated = translate(part.json, part.where)
         return skeleton(lambda: network(translated))
     if not isinstance(part, network):
-        reason = f"is a {type(part).__name__}, and must be a {network.__name__}"
+        reason = f"is of class {type(part).__name__}, and must be of {network.__name__}"
         raise ArgumentError(f"{component}: {reason}", field=component)
     return part
 
@@ -96,7 +99,7 @@ def _filled(network: Any, tensors: Tensors | None, *, dtype: torch.dtype, device
     weight = next(network.parameters())
     if (weight.dtype, weight.device) != (dtype, device):
         reason = f"is {weight.dtype} on {weight.device}, and shared as it is: {dtype} on {device} is needed"
-        raise ArgumentError(f"a {type(network).__name__} {reason}", field="torch_dtype")
+        raise ArgumentError(f"the {type(network).__name__} {reason}", field="torch_dtype")
     return network
 
 
@@ -138,9 +141,10 @@ def _where(part: Part | nn.Module, component: str) -> str:
     return part.where if isinstance(part, Part) else component
 
 
-def _check_together(
+def check_together(
     unet: config.UNetConfig, vae: config.VAEConfig, text: config.TextConfig, where: Sequence[str]
 ) -> None:
+    """Raises `ConfigError` if the networks are of different models. where: the names of their configurations."""
     latent = vae.latent_channels
     inputs = (latent, 2 * latent, 2 * latent + 1)
     checks = (
@@ -156,5 +160,3 @@ def _check_together(
         field = f"{where[1]}: out_channels"
         reason = f"= {vae.out_channels}, in_channels = {vae.in_channels}: images have 3"
         raise ConfigError(f"{field} {reason}", field=field)
-    if unet.added is not None:
-        raise ConfigError(f"{where[0]}: addition_embed_type: SDXL cannot be painted yet", field=where[0])

@@ -10,11 +10,13 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from fastldm.errors import FileError, WeightsError
-from fastldm.weights.families import FAMILIES, REFINER, SD1, SD2, SDXL, TASKS, Family
+from fastldm.weights.families import FAMILIES, REFINER, SD1, SD2, SDXL, TASKS, Family, Text
 from fastldm.weights.shapes import Shapes, context_dim
 from fastldm.weights.strict import shown
 
 UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
+MAX_WRAPPERS = 3
+TEXT_PREFIXES = ("cond_stage_model.transformer.", "cond_stage_model.model.", "transformer.", "model.", "")
 VAE_PREFIXES = ("first_stage_model.", "")
 FIRST = "input_blocks.0.0.weight"  # of every U-Net in the original layout
 TELLTALES = (FIRST, "input_blocks.1.0.in_layers.0.weight")  # either shows a U-Net, of which the other may be missing
@@ -28,8 +30,19 @@ IGNORED = re.compile(
     r"|.*embeddings\.position_ids"
     r"|(?:.*\.)?(?:logit_scale|logit_bias|attn_mask)"
     r"|(?:cond_stage_model|conditioner\.embedders\.\d+)\..*text_projection(?:\.weight)?"
+    r"|(?:cond_stage_model\.|conditioner\.embedders\.\d+\.|)(?:transformer\.|model\.|)(?:vision_model|visual|visual_projection)"
+    r"\..*"  # the other half of CLIP
+    r"|alphas_cumprod_original|embedding_manager\..*|safety_checker\..*|epoch"
     r"|(?:first_stage_model\.)?(?:loss\..*|model_ema\..*)"
 )
+
+
+class OtherKind(FileError):
+    """A file that is no Stable Diffusion checkpoint. kind: what it is instead, "is a LoRA: ..."."""
+
+    def __init__(self, where: str, kind: str) -> None:
+        super().__init__(f"{where}: {kind}", field="model")
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -46,13 +59,13 @@ def found(shapes: Shapes, where: str, *, family: Family | None = None, configure
 
     family: that its yaml says; None: told by the text encoders, or by the width of the text. configured: whether what
     the family would tell is known already, so that its dimensions may be any.
-    Raises `FileError` that says what the file is, if it is no Stable Diffusion checkpoint.
+    Raises `OtherKind` if it is no Stable Diffusion checkpoint, `FileError` if its parts are of different ones.
     """
     prefix = next((p for p in UNET_PREFIXES if any(p + name in shapes for name in TELLTALES)), None)
     if prefix is None:
         torso = _any_under(shapes, "first_stage_model.") and _any_under(shapes, ("cond_stage_model.", "conditioner."))
         what = "has no U-Net (model.diffusion_model.*)" if torso else other_kind(shapes)
-        raise FileError(f"{where}: {what}", field="model")
+        raise OtherKind(where, what)
     unet = under(shapes, prefix)
     _refuse_relatives(shapes, unet, where)
     if FIRST not in unet:
@@ -86,11 +99,22 @@ def text_prefix(shapes: Shapes, prefix: str) -> str | None:
     return next((found for found in (f"{prefix}text_model.", prefix) if _any_under(shapes, found)), None)
 
 
+def lone_text(shapes: Shapes, where: str) -> Text:
+    """The text encoder in a file that may hold nothing else. Raises `FileError`."""
+    for prefix in TEXT_PREFIXES:
+        if f"{prefix}token_embedding.weight" in shapes:
+            return Text(prefix, "open_clip", read=23)  # what Stable Diffusion 2 reads of its 24 layers
+        for inner in ("text_model.", ""):
+            if f"{prefix}{inner}embeddings.token_embedding.weight" in shapes:
+                return Text(prefix + inner, "clip")
+    raise FileError(f"{where}: holds no text encoder; it {other_kind(shapes)}", field="text_encoder")
+
+
 def wrapper(names: Collection[str]) -> str:
     """What stands before every one of these names and says nothing about the model: "state_dict.module.", say."""
     found = ""
-    while word := next((w for w in WRAPPERS if names and all(name.startswith(found + w) for name in names)), ""):
-        found += word
+    for _ in range(MAX_WRAPPERS):
+        found += next((w for w in WRAPPERS if names and all(name.startswith(found + w) for name in names)), "")
     return found
 
 
@@ -122,6 +146,9 @@ def _family(shapes: Shapes, unet: Shapes, where: str, configured: bool) -> Famil
     if configured:
         return family or SD1
     if family is None or family.context_dim != width:
+        if family is not None and by_width is not None:
+            reason = f"the text encoder is that of {family.name}, and the U-Net that of {by_width.name}"
+            raise FileError(f"{where}: {reason}", field="model")
         known = ", ".join(f"{family.context_dim} ({family.name})" for family in FAMILIES)
         reason = f"its U-Net reads text that is {width} wide, and that of the known families is {known}"
         raise FileError(f"{where}: {reason}: pass config= with a folder in diffusers' layout", field="config")
@@ -136,19 +163,19 @@ def _refuse_relatives(shapes: Shapes, unet: Shapes, where: str) -> None:
     """Models whose U-Net has the same names, and which are not Stable Diffusion."""
     description = _first_of(_RELATIVES, shapes)
     if description is not None:
-        raise FileError(f"{where}: is {description}, which is not supported", field="model")
+        raise OtherKind(where, f"is {description}, {_UNSUPPORTED}")
     channels, width = unet.get(FIRST, ())[1:2], context_dim(unet)
     if width is None:
-        raise FileError(f"{where}: is a diffusion model that reads no text, which is not supported", field="model")
+        raise OtherKind(where, f"is a diffusion model that reads no text, {_UNSUPPORTED}")
     if channels == (5,):
-        raise FileError(f"{where}: is a depth-to-image model, which is not supported", field="model")
+        raise OtherKind(where, f"is a depth-to-image model, {_UNSUPPORTED}")
     if channels == (7,):
-        raise FileError(f"{where}: is an upscaler of Stable Diffusion 2, which is not supported", field="model")
+        raise OtherKind(where, f"is an upscaler of Stable Diffusion 2, {_UNSUPPORTED}")
     if width in (SD1.context_dim, SD2.context_dim) and "label_emb.0.0.weight" in unet:
-        raise FileError(f"{where}: is a Stable unCLIP model, which is not supported", field="model")
+        raise OtherKind(where, f"is a Stable unCLIP model, {_UNSUPPORTED}")
     if not _any_under(unet, "middle_block.1."):
         what = "a distilled Stable Diffusion (as SSD-1B), whose middle block is cut"
-        raise FileError(f"{where}: is {what}, which is not supported", field="model")
+        raise OtherKind(where, f"is {what}, {_UNSUPPORTED}")
 
 
 def _first_of(kinds: Mapping[str, str], names: Iterable[str]) -> str | None:
@@ -205,8 +232,9 @@ _KINDS = {  # the first that matches the beginning of a tensor's name is what th
     "autoencoder alone: pass it as vae= beside a model",
     r"((encoder|decoder)\.(layers\.)?|taesd_(en|de)coder\.|)\d+\.(conv\.\d+\.)?(weight|bias)$": "a tiny autoencoder "
     f"(TAESD), {_UNSUPPORTED}",
-    r"(.*\.)?block\.0\.layer\.0\.SelfAttention\.|(.*\.)?(text_model\.|embeddings\.token_embedding|resblocks\.0\.|token_embedding\.)|cond_stage_model\.|"
-    r"text_encoders\.": "a text encoder alone: pass it as text_encoder= beside a model",
+    r"(.*\.)?block\.0\.layer\.0\.SelfAttention\.|(.*\.)?(text_model\.|embeddings\.token_embedding|resblocks\.0\.)|"
+    r"(.*\.)?token_embedding\.|cond_stage_model\.|text_encoders\.": "a text encoder alone: pass it as "
+    "text_encoder= beside a model",
     r"(visual|vision_model)\.": "an image encoder, not an image generator",
     r"(unet\.)?(down_blocks|up_blocks|mid_block|time_embedding)\.": "a U-Net in diffusers' layout: pass the "
     "folder of the whole model, or convert that",

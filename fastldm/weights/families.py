@@ -32,8 +32,8 @@ class Text:
 class Family:
     """Models that share all that shapes cannot show.
 
-    heads: of each level of the U-Net; None: as many as give 64 channels to each. extra_channels: of the U-Net's input,
-    for each task, with the class that diffusers has for it. pixels: the side of an image.
+    heads: of each level of the U-Net; None: as many as give 64 channels to each. classes: what diffusers has for each
+    task. pixels: the side of an image. runs: whether a pipeline can paint with it.
     """
 
     name: str

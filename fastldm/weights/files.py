@@ -302,8 +302,17 @@ class TensorFiles:
 
 def open_file(path: str | os.PathLike[str]) -> TensorFiles:
     """The tensors of one file, safetensors or a pickle, whatever its name. Raises `FileError` naming it."""
+    return TensorFiles(os.fspath(path), [open_regular(path)])
+
+
+def open_regular(path: str | os.PathLike[str]) -> File:
+    """A file that the caller names, links followed. Raises `FileError` naming it."""
     where = os.fspath(path)
-    return TensorFiles(where, [File(Path(os.path.realpath(path)), where)])
+    try:
+        real = Path(os.path.realpath(path))
+    except (OSError, ValueError) as error:
+        raise FileError(f"{shown(where)} cannot be opened: {error}") from None
+    return File(real, where)
 
 
 def kind_of(first: bytes) -> str:

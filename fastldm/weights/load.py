@@ -40,7 +40,10 @@ class StateDict:
         self.infos = {k: TensorInfo(k, v.dtype, tuple(v.shape)) for k, v in tensors.items()}
 
     def read(self, name: str) -> Tensor:
-        return self._tensors[name].detach().cpu().contiguous()
+        tensor = self._tensors[name]
+        if tensor.is_meta:
+            raise WeightsError(f"{self.where}: {name} has no values: it is on the meta device", field=name)
+        return tensor.detach().cpu().contiguous()
 
 
 def load(build: Callable[[], Model], tensors: Tensors, *, dtype: torch.dtype, device: torch.device) -> Model:

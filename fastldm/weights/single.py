@@ -11,7 +11,7 @@ from torch import Tensor
 from fastldm.config import TextConfig
 from fastldm.errors import FileError, WeightsError
 from fastldm.weights import ldm
-from fastldm.weights.detect import IGNORED, Found, found, under, vae_prefix, wrapper
+from fastldm.weights.detect import IGNORED, Found, found, lone_text, under, vae_prefix, wrapper
 from fastldm.weights.families import SD1, SD2, Family
 from fastldm.weights.header import TensorInfo
 from fastldm.weights.ldm import Place, Places
@@ -21,6 +21,8 @@ from fastldm.weights.shapes import Shapes, text_json, unet_json, vae_json
 
 V_BIAS = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 V_SPREAD = 0.09  # the standard deviation of that bias is above in the v-models of SD 2, below in the others
+SPEC = "modelspec.prediction_type"  # of a file's metadata (https://github.com/Stability-AI/ModelSpec)
+V_WORDS, EPSILON_WORDS = ("v", "v_prediction"), ("epsilon", "eps")
 EMA_COPIES = 100  # fewer are the remains of a pruning
 
 
@@ -96,6 +98,7 @@ class Checkpoint:
         prediction_type: str | None = None,
     ) -> None:
         self.where, self.tensors, self._original, self._ema = tensors.where, unwrapped(tensors), original, ema
+        self._metadata: Mapping[str, str] = getattr(tensors, "metadata", {})
         self.shapes: Shapes = {name: info.shape for name, info in self.tensors.infos.items()}
         family = original.family if original else None
         self.found: Found = found(self.shapes, self.where, family=family, configured=configured)
@@ -176,8 +179,10 @@ class Checkpoint:
         said = self._original.scheduler.get("prediction_type") if self._original else None
         if said is not None:
             return str(said)
-        if "v_pred" in self.shapes:
+        if "v_pred" in self.shapes or self._metadata.get(SPEC) in V_WORDS:
             return "v_prediction"
+        if self._metadata.get(SPEC) in EPSILON_WORDS:
+            return "epsilon"
         if self.family is not SD2:
             return "epsilon"
         name = self.found.sections["unet"] + V_BIAS
@@ -185,6 +190,24 @@ class Checkpoint:
             reason = "does not show whether it predicts the noise or v: pass prediction_type="
             raise FileError(f"{self.where}: {reason}", field="prediction_type")
         return "v_prediction" if self.tensors.read(name).float().std() > V_SPREAD else "epsilon"
+
+
+def lone_text_encoder(tensors: Tensors) -> Part:
+    """The text encoder of a file that holds nothing else, or of a whole checkpoint of SD 1 or 2."""
+    tensors = unwrapped(tensors)
+    shapes = {name: info.shape for name, info in tensors.infos.items()}
+    text = lone_text(shapes, tensors.where)
+
+    def opened(config: Any, names: Collection[str]) -> Tensors:
+        place = (ldm.clip_places if text.layout == "clip" else ldm.open_clip_places)(config)
+        places = {name: replace(place(name), name=text.prefix + place(name).name) for name in names}
+        unread = f"{text.prefix}transformer.resblocks.{config.layers}."
+        mine = (name for name in shapes if name.startswith(text.prefix) and not name.startswith(unread))
+        return Renamed(
+            tensors, places, [n for n in mine if not IGNORED.fullmatch(n) and not n.endswith("text_projection")]
+        )
+
+    return Part(text_json(under(shapes, text.prefix), text, tensors.where, text.prefix), tensors.where, opened)
 
 
 def lone_vae(tensors: Tensors, family: Family) -> Part:

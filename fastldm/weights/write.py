@@ -32,7 +32,7 @@ def write_safetensors(
     Larger dtypes come first, so that all are aligned. Raises `FileError` naming `path`; then nothing is left of it.
     """
     order = sorted(infos, key=lambda name: (-infos[name].dtype.itemsize, name))
-    with whole(path) as file:
+    with whole(path, new=True) as file:
         file.write(_header(order, infos, metadata))
         for name in order:
             tensor, info = read(name), infos[name]
@@ -56,10 +56,11 @@ def _header(order: list[str], infos: Mapping[str, TensorInfo], metadata: Mapping
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[BinaryIO]:
+def whole(path: Path, *, new: bool = False) -> Iterator[BinaryIO]:
     """A new file that takes the place of `path` when the block ends without an exception, complete and on disk.
 
     Until then it has a name of its own beside it; a file that was there before survives any failure.
+    new: a file that came to be there meanwhile survives, too, and is an error.
     """
     part = partial_name(path)
     try:
@@ -67,19 +68,30 @@ def whole(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        (_take if new else os.replace)(part, path)
     except Error:  # of what is read
         raise
     except OSError as error:
         raise FileError(f"{path} cannot be written: {error.strerror or error}", field="out") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def _take(part: Path, path: Path) -> None:
+    """Gives a file a name that nobody has, which renaming does not ensure."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        os.replace(part, path)
 
 
 def partial_name(path: Path) -> Path:
     """A name beside `path` that nobody has."""
-    return path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.partial")
+    return path.with_name(f".fastldm-{secrets.token_hex(8)}.partial")
 
 
 def sync_folder(folder: Path) -> None:

@@ -224,3 +224,20 @@ def test_f04_names_of_many_parts_take_no_memory() -> None:
     start = time.process_time()
     recognised(SD15 | {f"{UNET}{'a.' * 40_000}": (1,)})
     assert time.process_time() - start < 1
+
+
+def test_endless_wrappers_take_no_time() -> None:
+    """The beginning that all names share is looked for a few times, and not as often as a name repeats it."""
+    start = time.process_time()
+    assert len(wrapper(["state_dict." * 100_000 + "a"])) == 3 * len("state_dict.")
+    assert time.process_time() - start < 0.1
+
+
+def test_parts_of_different_families_are_named() -> None:
+    shapes = originals.shapes(originals.CHECKPOINTS["SD 1.5"])
+    other = {name: shape for name, shape in shapes.items() if not name.startswith("cond_stage_model.")}
+    other["cond_stage_model.model.token_embedding.weight"] = (49408, 1024)
+    with pytest.raises(
+        FileError, match=r"the text encoder is that of Stable Diffusion 2.x, and the U-Net that of .*1.x"
+    ):
+        found(other, "file")

@@ -142,7 +142,7 @@ def test_it_appears_when_it_is_complete(tmp_path: Path) -> None:
         file.flush()
         assert not (tmp_path / "a").exists()
         (partial,) = os.listdir(tmp_path)
-        assert partial.startswith(".a.")
+        assert partial.startswith(".fastldm-")
     assert os.listdir(tmp_path) == ["a"]
     assert (tmp_path / "a").read_bytes() == b"half"
 
@@ -183,3 +183,18 @@ def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="nowhere/a cannot be written: No such file") as caught:
         written(tmp_path / "nowhere/a", {"x": torch.ones(3)})
     assert caught.value.field == "out"
+
+
+def test_a_file_that_came_meanwhile_survives(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="cannot be written: File exists"), whole(tmp_path / "a", new=True):
+        (tmp_path / "a").write_text("theirs")
+    assert os.listdir(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_text() == "theirs"
+
+
+def test_a_name_as_long_as_names_can_be(tmp_path: Path) -> None:
+    name = "漢" * 80 + ".safetensors"
+    assert len(name.encode()) == 252
+    with whole(tmp_path / name) as file:
+        file.write(b"content")
+    assert os.listdir(tmp_path) == [name]
