@@ -1,0 +1,266 @@
+"""A few steps of both stages on small pictures: they learn, and a stop changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import train_autoencoder
+import train_denoiser
+import training
+import vocabulary
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from scenes import render
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+import fastldm
+from tests.oracle import relative_error
+
+SIDE = 32
+SMALL_VAE = {**train_autoencoder.CONFIG, "block_out_channels": (8, 8, 16, 16), "norm_num_groups": 2}
+SMALL_UNET = {**train_denoiser.UNET, "block_out_channels": (32, 32, 32)}
+SMALL_TEXT = {**train_denoiser.TEXT, "num_hidden_layers": 1}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_autoencoder, "CONFIG", SMALL_VAE)
+    monkeypatch.setattr(train_autoencoder, "MEASURED_COUNT", 16)
+    monkeypatch.setattr(train_autoencoder, "PEAK_RATE", 3e-3)
+    for script in (train_autoencoder, train_denoiser):
+        monkeypatch.setattr(script, "WARMUP", 5)
+        monkeypatch.setattr(script, "HELD_OUT_COUNT", 8)
+    monkeypatch.setattr(train_denoiser, "UNET", SMALL_UNET)
+    monkeypatch.setattr(train_denoiser, "TEXT", SMALL_TEXT)
+
+
+def autoencoder(*, steps: int = 6, batch: int = 2) -> train_autoencoder.Trainer:
+    return train_autoencoder.Trainer(steps=steps, batch=batch, side=SIDE, seed=0)
+
+
+def denoiser(tmp_path: Path, *, steps: int = 6, batch: int = 4, min_snr: float | None = None) -> train_denoiser.Trainer:
+    vocabulary.write_tokenizer(tmp_path / "tokenizer")
+    scenes = train_denoiser.scenes_of(0, 24)
+    latents = np.random.default_rng(0).standard_normal((24, 4, 8, 8)).astype(np.float16)
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+    return train_denoiser.Trainer(
+        scenes, latents, tokenizer, steps=steps, singles=3, batch=batch, seed=0, min_snr=min_snr
+    )
+
+
+def tensors(state: Any) -> list[Tensor]:
+    if isinstance(state, Tensor):
+        return [state]
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return [tensor for value in values for tensor in tensors(value)]
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
+def test_a_stop_changes_nothing(stage: str, tmp_path: Path) -> None:
+    """Six steps, and three that are saved, read into a new trainer, and followed by three more."""
+    new: Callable[[], Any] = autoencoder if stage == "autoencoder" else lambda: denoiser(tmp_path)
+    through, before, after = new(), new(), new()
+    losses = [through.step(i) for i in range(6)]
+    first = [before.step(i) for i in range(3)]
+    training.write_whole(tmp_path / "state.pt", before.state_dict())
+    torch.manual_seed(99)
+    after.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert first + [after.step(i) for i in range(3, 6)] == losses
+    pairs = list(zip(tensors(through.state_dict()), tensors(after.state_dict()), strict=True))
+    assert len(pairs) > 100
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_autoencoder_learns_and_its_judge_joins() -> None:
+    trainer = autoencoder(steps=40, batch=8)
+    losses = [trainer.step(i) for i in range(40)]
+    assert np.mean([x["loss"] for x in losses[-5:]]) < 0.8 * np.mean([x["loss"] for x in losses[:5]])
+    assert ["judge" in x for x in losses] == [i >= 34 for i in range(40)]
+    held_out = train_autoencoder.pictures(5, 0, 4, SIDE, held_out=True)
+    fresh = train_autoencoder.psnr(autoencoder().model.eval(), held_out)
+    assert train_autoencoder.psnr(trainer.ema.model, held_out) > fresh + 1
+
+
+def test_the_discriminators_gradient_is_a_part_of_the_reconstructions() -> None:
+    trainer = autoencoder()
+    x, gradient = torch.randn(2, 3, SIDE, SIDE), torch.randn(2, 3, SIDE, SIDE)
+    found = trainer._adversarial(x, gradient)
+    assert found.norm().item() == pytest.approx(train_autoencoder.ADVERSARIAL_WEIGHT * gradient.norm().item(), rel=1e-5)
+    better = x + 1e-2 * gradient.norm() * -found / found.norm()
+    assert trainer.judge(better).mean() > trainer.judge(x).mean(), "downhill is more real"
+
+
+def test_the_denoiser_learns(tmp_path: Path) -> None:
+    trainer = denoiser(tmp_path, steps=30)
+    losses = [trainer.step(i)["loss"] for i in range(30)]
+    assert np.mean(losses[-8:]) < 0.9 * np.mean(losses[:5])
+
+
+def test_single_shapes_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = denoiser(tmp_path)
+    seen: list[list[int]] = []
+
+    def note(scene: Any, rng: Any) -> str:
+        seen[-1].append(len(scene.items))
+        return ""
+
+    monkeypatch.setattr(train_denoiser, "caption", note)
+    for i in range(6):
+        seen.append([])
+        trainer.step(i)
+    assert {count for counts in seen[:3] for count in counts} == {1}
+    assert max(count for counts in seen[3:] for count in counts) > 1
+
+
+def test_some_captions_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = denoiser(tmp_path, batch=40)
+    seen: list[str] = []
+
+    def loss(models: Any, x0: Tensor, captions: list[str], generator: Any) -> Tensor:
+        seen.extend(captions)
+        return sum(p.sum() for p in models.parameters()) * 0.0
+
+    monkeypatch.setattr(trainer, "loss", loss)
+    for i in range(20):
+        trainer.step(i)
+    dropped = sum(text == "" for text in seen) / len(seen)
+    assert abs(dropped - train_denoiser.DROPOUT) < 4 * (0.1 * 0.9 / len(seen)) ** 0.5
+
+
+def test_min_snr_weighs_the_early_timesteps_less(tmp_path: Path) -> None:
+    plain, weighed = denoiser(tmp_path), denoiser(tmp_path, min_snr=5.0)
+    snr = plain.alphas / (1 - plain.alphas)
+    x0, texts = torch.from_numpy(plain.latents[:1]).float(), ["a red circle"]
+    for seed in range(8):
+        timestep = int(torch.randint(1000, (1,), generator=torch.Generator().manual_seed(seed)))
+        losses = [t.loss(t.models, x0, texts, torch.Generator().manual_seed(seed)).item() for t in (plain, weighed)]
+        weight = min(snr[timestep].item(), 5.0) / snr[timestep].item()
+        assert losses[1] / losses[0] == pytest.approx(weight, rel=1e-4)
+
+
+def test_scaled_latents_have_sds_spread_and_decode_to_the_same_picture() -> None:
+    model = autoencoder().model.eval()
+    images = train_autoencoder.pictures(0, 0, 8, SIDE)
+    with torch.no_grad():
+        posterior = model.encode(images).latent_dist
+        before, variance = model.decode(posterior.mode()).sample, posterior.var / posterior.mode().std() ** 2
+        deviation = train_autoencoder.scale_latents(model, images)
+        scaled = model.encode(images).latent_dist
+        assert deviation == pytest.approx(posterior.mode().std().item(), rel=1e-5)
+        assert (scaled.mode() * 0.18215).std().item() == pytest.approx(1, rel=1e-4)
+        assert relative_error(model.decode(scaled.mode()).sample, before) < 1e-5
+        assert relative_error(scaled.var / scaled.mode().std() ** 2, variance) < 1e-4
+
+
+def test_the_average_follows_the_weights() -> None:
+    source, model = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    ema = training.Ema(model, source, decay=0.9)
+    assert torch.equal(ema.model.weight, source.weight)
+    start = source.weight.item()
+    with torch.no_grad():
+        source.weight += 1.0
+    ema.update(0)
+    assert ema.model.weight.item() - start == pytest.approx(0.9, rel=1e-5)  # of the first steps' short memory
+    ema.update(10_000)
+    assert ema.model.weight.item() - start == pytest.approx(0.91, rel=1e-5)
+    assert not ema.model.weight.requires_grad
+
+
+def test_learning_rate() -> None:
+    rates = [training.learning_rate(i, 100, peak=2.0, warmup=10) for i in range(101)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[9] == rates[10] == max(rates) == 2.0
+    assert rates[55] == pytest.approx(2.0 * (0.05 + 0.95 / 2))
+    assert rates[100] == pytest.approx(0.1)
+
+
+def test_a_signal_ends_the_run_after_its_step_and_saves(tmp_path: Path) -> None:
+    saved: list[int] = []
+
+    def step(number: int) -> dict[str, float]:
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"loss": float(number)}
+
+    def save(done: int, seconds: float) -> dict[str, object]:
+        saved.append(done)
+        return {"psnr": 1.0}
+
+    before = signal.getsignal(signal.SIGTERM)
+    log = training.Log(tmp_path / "log.jsonl")
+    assert not training.run(step, first=2, last=9, batch=3, seconds=0.0, log=log, save=save)
+    assert saved == [5]
+    assert signal.getsignal(signal.SIGTERM) is before
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert "command" in lines[0]
+    assert lines[1]["step"] == 5
+    assert lines[1]["loss"] == 3.0
+    assert lines[2]["psnr"] == 1.0
+
+
+def test_both_stages_make_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripts as they are run; the folder draws the same with diffusers, without an argument, and with fastldm."""
+    common = [str(tmp_path), "--batch", "2"]
+    monkeypatch.setattr(sys, "argv", ["", *common, "--side", "64", "--steps", "2"])
+    train_autoencoder.main()
+    assert AutoencoderKL.load_config(tmp_path / "vae")["scaling_factor"] == 0.18215
+    monkeypatch.setattr(sys, "argv", ["", *common, "--scenes", "40", "--steps", "2", "--singles", "1"])
+    train_denoiser.main()
+    log = (tmp_path / "denoiser.jsonl").read_text()
+    assert '"encoded": 40' in log
+    assert "held_out_loss" in log
+    first = {p.relative_to(tmp_path): p.read_bytes() for p in (tmp_path / "model").rglob("*") if p.is_file()}
+
+    theirs = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+    theirs.set_progress_bar_config(disable=True)
+    ours = fastldm.Pipeline(tmp_path / "model")
+    drawn = []
+    for pipe in (ours, theirs):
+        generator = torch.Generator().manual_seed(1)
+        prompt = "a large green triangle above a small yellow circle"
+        drawn.append(pipe(prompt, num_inference_steps=3, generator=generator, output_type="latent").images)
+    assert relative_error(*drawn) <= 1e-4
+
+    monkeypatch.setattr(sys, "argv", ["", *common, "--scenes", "40", "--steps", "0"])
+    train_denoiser.main()
+    assert {p.relative_to(tmp_path): p.read_bytes() for p in (tmp_path / "model").rglob("*") if p.is_file()} == first
+    assert (tmp_path / "denoiser.jsonl").read_text().count("encoded") == 1, "the latents are kept"
+
+    monkeypatch.setattr(
+        sys, "argv", ["", *common, "--scenes", "40", "--steps", "1", "--start", str(tmp_path / "model")]
+    )
+    train_denoiser.main()
+    assert torch.load(tmp_path / "denoiser.pt", weights_only=True)["step"] == 1
+
+
+def test_the_latents_are_made_anew_for_another_autoencoder(tmp_path: Path) -> None:
+    scenes, log = train_denoiser.scenes_of(0, 40), training.Log(tmp_path / "log.jsonl")
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(AutoencoderKL(**SMALL_VAE, sample_size=SIDE).eval())
+    first = train_denoiser.cached_latents(tmp_path, models[0], scenes, log).copy()
+    wanted = train_denoiser.encode(models[0], scenes)
+    assert relative_error(torch.from_numpy(first).float(), wanted) < 1e-3
+    image = torch.from_numpy(render(scenes[0], SIDE)).permute(2, 0, 1).float() / 127.5 - 1
+    with torch.no_grad():
+        latents = models[0].encode(image[None]).latent_dist.mode() * 0.18215
+    assert relative_error(wanted[:1], latents) < 1e-5
+
+    progress = json.loads((tmp_path / "latents.json").read_text())
+    (tmp_path / "latents.json").write_text(json.dumps({**progress, "done": 32}))
+    again = train_denoiser.cached_latents(tmp_path, models[0], scenes, log)
+    assert np.array_equal(again, first)
+    assert not np.array_equal(train_denoiser.cached_latents(tmp_path, models[1], scenes, log), first)
+    assert not np.array_equal(
+        train_denoiser.cached_latents(tmp_path, models[1], train_denoiser.scenes_of(1, 40), log), first
+    )
