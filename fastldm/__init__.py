@@ -5,18 +5,20 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fastldm.errors import Error
+from fastldm.errors import Cancelled, Error
 
 if TYPE_CHECKING:
+    from fastldm.cancel import CancelToken
     from fastldm.image import outpaint_canvas
     from fastldm.pipeline import Pipeline
     from fastldm.sampling.names import samplers
 
-__all__ = ["Error", "Pipeline", "__version__", "outpaint_canvas", "samplers"]
+__all__ = ["CancelToken", "Cancelled", "Error", "Pipeline", "__version__", "outpaint_canvas", "samplers"]
 __version__ = "0.1.0"
 
 
 _HOMES = {
+    "CancelToken": "fastldm.cancel",
     "Pipeline": "fastldm.pipeline",
     "outpaint_canvas": "fastldm.image",
     "samplers": "fastldm.sampling.names",

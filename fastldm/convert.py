@@ -16,12 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastldm.asked import FILE_SUFFIXES, Asked
 from fastldm.assemble import (
-    FILE_SUFFIXES,
     SCHEDULER,
-    TOKENIZER_FILES,
-    Asked,
-    TokenizerAt,
     file_part,
     file_scheduler,
     file_tokenizer,
@@ -30,13 +27,13 @@ from fastldm.assemble import (
     given,
     open_folder,
     open_single,
-    tokenizer_of,
     told,
 )
 from fastldm.errors import ArgumentError, Error, FileError, brief
 from fastldm.prompt import MAX_VOCABULARY, tokenizer_json
 from fastldm.runtime.build import RUN, XL_PIPELINES, check_index, check_together, opened, planned
 from fastldm.sampling import scheduler_config
+from fastldm.tokenizer_files import TOKENIZER_FILES, TokenizerAt, tokenizer_of
 from fastldm.weights import ldm
 from fastldm.weights.families import REFINER, SD1, SD2, SDXL, Family
 from fastldm.weights.files import MAX_JSON, STEMS, inside
@@ -99,13 +96,16 @@ class Network:
 
 @dataclass(frozen=True)
 class Model:
-    """A whole model that is not read yet. pipeline: the name of diffusers' class for it, settings: its own of XL's."""
+    """A whole model that is not read yet. pipeline: the name of diffusers' class for it, settings: its own of XL's.
+
+    tokenizers: by text encoder, from its configuration to {file name: content}.
+    """
 
     pipeline: str
     settings: Mapping[str, Any]
     networks: Mapping[str, Network]
     scheduler: Mapping[str, Any]
-    tokenizers: Mapping[str, Callable[[], TokenizerAt]]
+    tokenizers: Mapping[str, Callable[[Any], Mapping[str, bytes]]]
 
 
 def convert(asked: Asked, out: str | os.PathLike[str], *, dtype: str | None = None, progress: Progress) -> Path:
@@ -123,7 +123,7 @@ def convert(asked: Asked, out: str | os.PathLike[str], *, dtype: str | None = No
         raise ArgumentError(f"{path} exists: move it away, or choose another name", field="out")
     if not path.absolute().parent.is_dir():
         raise ArgumentError(f"{path}: there is no folder {path.absolute().parent}", field="out")
-    write = _write_file if path.name.lower().endswith(FILE_SUFFIX) else _write_folder
+    write = _write_file if path.name.lower().endswith(FILE_SUFFIX) else write_folder
     with ExitStack() as files:
         write(read_model(asked, files), path.absolute(), DTYPES.get(dtype or ""), progress)
     return path
@@ -151,7 +151,10 @@ def _from_file(asked: Asked, files: ExitStack) -> Model:
         settings=_SETTINGS.get(family.name, {}),
         networks=_networks(parts),
         scheduler=scheduler,
-        tokenizers={name: partial(file_tokenizer, asked, folder, checkpoint, name) for name in family.texts},
+        tokenizers={
+            name: partial(_tokenizer_files, partial(file_tokenizer, asked, folder, checkpoint, name))
+            for name in family.texts
+        },
     )
 
 
@@ -183,7 +186,7 @@ def _from_folder(asked: Asked, files: ExitStack) -> Model:
         settings={name: index[name] for name in SETTINGS if name in index},
         networks=_networks(parts),
         scheduler=scheduler,
-        tokenizers={name: partial(folder_tokenizer, asked, folder, name) for name in texts},
+        tokenizers={name: partial(_tokenizer_files, partial(folder_tokenizer, asked, folder, name)) for name in texts},
     )
 
 
@@ -206,10 +209,13 @@ def _networks(parts: Mapping[str, Any]) -> dict[str, Network]:
 # ---------------------------------------------------------------------------------------------------- to a folder
 
 
-def _write_folder(model: Model, out: Path, dtype: torch.dtype | None, progress: Progress) -> None:
-    tokenizers = {name: place() for name, place in model.tokenizers.items()}
-    for name, place in tokenizers.items():  # what is wrong with one is noticed first
-        place.made(model.networks[name].config)
+def write_folder(
+    model: Model, out: Path, dtype: torch.dtype | None, progress: Progress, *, variant: str | None = None
+) -> None:
+    """out: does not exist, or is an empty folder. variant: a word in the names of the weights' files."""
+    ending = FILE_SUFFIX if variant is None else f".{variant}{FILE_SUFFIX}"
+    # What is wrong with a tokenizer is noticed first.
+    tokenizers = {name: files(model.networks[name].config) for name, files in model.tokenizers.items()}
     contents = {name: _hub_tensors(network, dtype) for name, network in model.networks.items()}
     total = sum(info.nbytes for infos in contents.values() for info in infos.values())
     _check_room(out, total)
@@ -221,9 +227,11 @@ def _write_folder(model: Model, out: Path, dtype: torch.dtype | None, progress: 
             (part / name).mkdir()
             _write_json(part / name / "config.json", model.networks[name].json)
             read = partial(_read_hub, model.networks[name], infos)
-            write_safetensors(part / name / f"{STEMS[name]}{FILE_SUFFIX}", infos, read, progress=step)
-        for name, place in tokenizers.items():
-            _copy_tokenizer(place, part / tokenizer_of(name))
+            write_safetensors(part / name / f"{STEMS[name]}{ending}", infos, read, progress=step)
+        for name, files in tokenizers.items():
+            (part / tokenizer_of(name)).mkdir()
+            for file, content in files.items():
+                _write(part / tokenizer_of(name) / file, content)
         (part / "scheduler").mkdir()
         _write_json(part / SCHEDULER, model.scheduler)
         _write_json(part / "model_index.json", _index(model))
@@ -279,22 +287,23 @@ def _text_class(network: Network) -> str:
     return str(network.json.get("architectures", [usual])[0])
 
 
-def _copy_tokenizer(place: TokenizerAt, out: Path) -> None:
+def _tokenizer_files(place: Callable[[], TokenizerAt], config: Any) -> dict[str, bytes]:
     """The files as they are, but the token that fills the window, where it is another."""
-    out.mkdir()
+    at = place()
+    at.made(config)
+    files: dict[str, bytes] = {}
     settings = ("tokenizer_config.json", "special_tokens_map.json")
     for name in (*TOKENIZER_FILES, "merges.txt", "added_tokens.json", *settings):
-        if not place.folder.has(inside(place.component, name)):
+        if not at.folder.has(inside(at.component, name)):
             continue
-        raw = place.folder.read_bytes(inside(place.component, name), MAX_VOCABULARY)
-        if place.pad is not None and name in settings:
-            data = tokenizer_json(place.folder, inside(place.component, name), MAX_JSON)[1]
-            raw = _json({**data, "pad_token": place.token(place.pad)})
-        with whole(out / name) as file:
-            file.write(raw)
-    if not (out / settings[0]).exists():
-        pad = {} if place.pad is None else {"pad_token": place.token(place.pad)}
-        _write_json(out / settings[0], {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **pad})
+        files[name] = at.folder.read_bytes(inside(at.component, name), MAX_VOCABULARY)
+        if at.pad is not None and name in settings:
+            data = tokenizer_json(at.folder, inside(at.component, name), MAX_JSON)[1]
+            files[name] = _json({**data, "pad_token": at.token(at.pad)})
+    if settings[0] not in files:
+        pad = {} if at.pad is None else {"pad_token": at.token(at.pad)}
+        files[settings[0]] = _json({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **pad})
+    return files
 
 
 # ------------------------------------------------------------------------------------------------ to a single file
@@ -427,5 +436,9 @@ def _json(data: Mapping[str, Any]) -> bytes:
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    _write(path, _json(data))
+
+
+def _write(path: Path, content: bytes) -> None:
     with whole(path) as file:
-        file.write(_json(data))
+        file.write(content)

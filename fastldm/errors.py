@@ -33,6 +33,22 @@ class ArgumentError(Error, ValueError):
     """An argument of a call is missing, of the wrong type, out of range or at odds with another one."""
 
 
+class UnknownArgumentError(ArgumentError, TypeError):
+    """An argument that the call does not have."""
+
+
+class RefusedError(Error, AttributeError):
+    """A name of diffusers' pipelines that fastldm does not offer, and the reason. `hasattr` is False for it."""
+
+
+class Cancelled(Error):
+    """The call was stopped through its `CancelToken`."""
+
+
+class ForkError(Error, RuntimeError):
+    """A pipeline was used in another process than the one that made it."""
+
+
 class ConfigError(Error, ValueError):
     """A configuration file has a value that is out of range or that fastldm does not support."""
 

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
-from fastldm.assemble import SCHEDULER, Asked, file_part, folder_part, has_tokenizer, open_folder, open_single, told
+from fastldm.asked import Asked
+from fastldm.assemble import SCHEDULER, file_part, folder_part, open_folder, open_single, told
 from fastldm.errors import Error
 from fastldm.runtime.build import NETWORKS, check_index, opened, planned
+from fastldm.tokenizer_files import has_tokenizer
 from fastldm.weights.detect import OtherKind
 from fastldm.weights.families import FAMILIES, TASKS
 from fastldm.weights.load import Tensors

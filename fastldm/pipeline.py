@@ -2,41 +2,57 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from fastldm import request, tasks
-from fastldm.assemble import Asked, assemble
-from fastldm.errors import ArgumentError, FileError, brief
+from fastldm import drop_in, request, tasks, text
+from fastldm.arguments import Arguments, Generators
+from fastldm.asked import NEEDED, Asked
+from fastldm.assemble import assemble
+from fastldm.callback import Watched
+from fastldm.cancel import CancelToken
+from fastldm.components import Decoding
+from fastldm.errors import ArgumentError, FileError
 from fastldm.image import Images, to_output, to_unit
-from fastldm.request import Generators, Geometry, Request
+from fastldm.request import Callback, Request
+from fastldm.runtime import memory
 from fastldm.runtime.build import engine_from, planned
-from fastldm.runtime.engine import Engine
+from fastldm.runtime.engine import Engine, Run
+from fastldm.runtime.place import asked_device, asked_dtype
 from fastldm.sampling import SamplerTable, SchedulerConfig, noise, sampler_table
 from fastldm.sampling.choice import chosen
+from fastldm.surface import Surface, geometry
 
 
-@dataclass(frozen=True)
-class PipelineOutput:
-    """images: a list of PIL images, or what `output_type` asks for."""
+class PipelineOutput(NamedTuple):
+    """images: a list of PIL images, or what `output_type` asks for. No safety checker is run."""
 
     images: Images
+    nsfw_content_detected: None = None
+
+    def __getitem__(self, key: Any) -> Any:
+        """By place or by name."""
+        return getattr(self, key) if isinstance(key, str) and key in self._fields else tuple.__getitem__(self, key)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(self)
 
 
-class Pipeline:
+class Pipeline(Surface):
     """A latent diffusion model, ready to paint: `Pipeline(model)("a prompt").images[0]`."""
 
     def __init__(
         self,
-        model: str | os.PathLike[str],
+        model: str | os.PathLike[str] | None = None,
         *,
         torch_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
@@ -48,27 +64,33 @@ class Pipeline:
         token: str | bool | None = None,
         config: str | os.PathLike[str] | None = None,
         original_config: str | os.PathLike[str] | None = None,
+        unet: Any = None,
         vae: Any = None,
         text_encoder: Any = None,
         tokenizer: Any = None,
         scheduler: Any = None,
         prediction_type: str | None = None,
         extract_ema: bool = False,
+        use_safetensors: bool | None = None,
+        **others: Any,
     ) -> None:
         """
         model: a folder in diffusers' layout, the id of one on the hub ("owner/name"), or a single file in the original
-        layout, `.safetensors` or `.ckpt`, on disk or by its address on the hub.
+        layout, `.safetensors` or `.ckpt`, on disk or by its address on the hub. Without one, the five components are
+        needed; those of another Pipeline are shared, not copied.
         torch_dtype, dtype (one of them): of weights and activations, float32 where None, bfloat16 or float16. With
         float16 an autoencoder that says `force_upcast` runs in float32. device: "cpu" where None.
-        variant: "fp16" picks `*.fp16.safetensors`. revision to token belong to the hub.
-        vae, text_encoder: in place of the model's own: a folder, for the VAE also a file, or a module of diffusers or
+        variant: "fp16" picks `*.fp16.safetensors`. revision to token belong to the hub. use_safetensors: True refuses
+        pickles.
+        unet, vae, text_encoder: in place of the model's own: a folder, a file, or a module of diffusers or
         transformers. tokenizer: a folder with its files, or one of transformers. scheduler: what the property takes.
         For a single file alone: config: a folder in diffusers' layout with its configurations. original_config: its
         yaml file, in place of the one beside it. prediction_type: "epsilon" or "v_prediction", in place of what it
         shows. extract_ema: take its averaged weights.
+        others: what diffusers' pipelines take beside, as docs/drop-in.md lists it.
         Raises `ArgumentError` naming the argument; `FileError`, `ConfigError` or `WeightsError` naming the file.
         """
-        wanted = _dtype(torch_dtype, dtype), _device(device)
+        drop_in.check_options(drop_in.LOADING, others, known=_LOADING)
         asked = Asked(
             model,
             variant=variant,
@@ -78,47 +100,53 @@ class Pipeline:
             token=token,
             config=config,
             original_config=original_config,
+            unet=unet,
             vae=vae,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
+            scheduler=scheduler,
             prediction_type=prediction_type,
             extract_ema=extract_ema,
+            use_safetensors=use_safetensors,
         )
-        self._slicing, self._tiling = True, False
+        runs_in, runs_on = asked_dtype(torch_dtype, dtype), asked_device(device)
+        self._decoding, self._bar = Decoding(), {}
+        self._name = None if model is None else os.fspath(model)
         with assemble(asked) as made:
-            self._scheduler = made.scheduler if scheduler is None else chosen(scheduler, made.scheduler)
+            self._scheduler = made.scheduler
             self._tokenizer = made.tokenizer(planned("text_encoder", made.parts["text_encoder"]).config)
-            self._engine: Engine = engine_from(made.parts, dtype=wanted[0], device=wanted[1])
+            self._engine = engine_from(made.parts, dtype=runs_in or made.dtype, device=runs_on or made.device)
 
     @classmethod
-    def from_pretrained(cls, model: str | os.PathLike[str], **options: Any) -> Pipeline:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Self:
         """`Pipeline(model, ...)`, under the name that programs written for diffusers use."""
-        return cls(model, **options)
+        return cls(pretrained_model_name_or_path, **options)
 
     @classmethod
-    def from_single_file(cls, model: str | os.PathLike[str], **options: Any) -> Pipeline:
+    def from_single_file(cls, pretrained_model_link_or_path: str | os.PathLike[str], **options: Any) -> Self:
         """`Pipeline(model, ...)`, and an error if `model` is no single file."""
-        if not Asked(model).is_file:
-            raise FileError(f"{os.fspath(model)} is no single file: pass a folder to Pipeline(...)", field="model")
-        return cls(model, **options)
+        if not Asked(pretrained_model_link_or_path).is_file:
+            what = os.fspath(pretrained_model_link_or_path)
+            raise FileError(f"{what} is no single file: pass a folder to Pipeline(...)", field="model")
+        return cls(pretrained_model_link_or_path, **options)
 
-    @property
-    def scheduler(self) -> SchedulerConfig:
-        """The sampler and its numbers; `.config` is what diffusers' `X.from_config` takes.
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **options: Any) -> Self:
+        """Another pipeline of the same components, shared where they are ours; options replace single ones.
 
-        Assign a name of `fastldm.samplers()`, which keeps the model's betas and prediction type, a scheduler object of
-        diffusers, or (its class, a configuration). It holds for the calls that follow.
+        torch_dtype, dtype, device: where the new one runs; the other is not moved.
         """
-        return self._scheduler
+        components = getattr(pipeline, "components", None)
+        if not isinstance(components, Mapping):
+            raise ArgumentError(f"pipeline: a {type(pipeline).__name__} has no components", field="pipeline")
+        runs_in = asked_dtype(options.pop("torch_dtype", None), options.pop("dtype", None))
+        runs_on = asked_device(options.pop("device", None))
+        needed = {name: components.get(name) for name in NEEDED}
+        return cls(**{**needed, **options}).to(runs_on, runs_in)
 
-    @scheduler.setter
-    def scheduler(self, value: object) -> None:
-        self._scheduler = chosen(value, self._scheduler)
-
-    @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
         negative_prompt: str | Sequence[str] | None = None,
         image: Any = None,
@@ -129,17 +157,27 @@ class Pipeline:
         num_inference_steps: int | None = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
         image_guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
         generator: Generators = None,
+        seed: int | Sequence[int] | None = None,
         latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        clip_skip: int | None = None,
         masked_image_latents: Tensor | None = None,
         padding_mask_crop: int | None = None,
         overlay: bool = False,
+        scheduler: Any = None,
         output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        cancel: CancelToken | None = None,
+        **others: Any,
     ) -> PipelineOutput:
         """Paints `num_images_per_prompt` images for each prompt.
 
@@ -149,19 +187,29 @@ class Pipeline:
         height, width: pixels, multiples of the autoencoder's factor; the image's or the model's own where None. PIL
         images are resized to them.
         num_inference_steps: 50, for instruct-pix2pix 100. timesteps, sigmas: the caller's own, in place of a number.
-        guidance_scale: s of classifier-free guidance (arXiv 2207.12598); 1 and below computes no unconditional branch.
-        guidance_rescale: φ of arXiv 2305.08891, section 3.4. eta: η of DDIM (arXiv 2010.02502); others ignore it.
-        image_guidance_scale: of instruct-pix2pix (arXiv 2211.09800), 1.5.
-        generator: one torch.Generator, or one for each image; None draws from the system's entropy.
+        guidance_scale: s of classifier-free guidance (arXiv 2207.12598), 7.5; 1 and below computes no unconditional
+        branch. guidance_rescale: φ of arXiv 2305.08891, section 3.4. image_guidance_scale: of instruct-pix2pix
+        (arXiv 2211.09800), 1.5. eta: η of DDIM (arXiv 2010.02502); others ignore it.
+        generator: one torch.Generator, or one for each image; None draws from the system's entropy. seed: in place of
+        generator; image k has the generator seeded with seed + k, or with the k-th of a list.
         latents: the first noise, (images, channels, height / factor, width / factor), unit variance.
+        prompt_embeds, negative_prompt_embeds: in place of the prompts, (prompts, tokens, width), as `encode_prompt`
+        gives them. clip_skip: of the text encoder's layers, how many of the last are left out, for the prompt.
         masked_image_latents: for 9-channel models, in place of the encoded masked image.
         padding_mask_crop: paint only the box around the mask, this many pixels wider, in the model's own size.
         overlay: lay the image's own pixels over the result where the mask is black, bit for bit.
+        scheduler: for this call, what the property of this name takes.
         output_type: "pil", "np" (B, H, W, C) in 0..1, "pt" (B, C, H, W) in 0..1, "latent" (scaled latents).
-        Raises `ArgumentError` naming the argument, before any work; `NonFiniteError` for NaN in the result.
+        return_dict: of no effect: the result is both, a tuple and an object with names.
+        callback_on_step_end: called after every row as f(pipe, row, timestep, tensors), returns its tensors, which take
+        effect; see `CallView`. callback_on_step_end_tensor_inputs: the names of those that it gets.
+        cancel: a token that ends the call, from wherever, within a row.
+        Raises `ArgumentError` naming the argument, before any work; `NonFiniteError` for NaN in the result;
+        `Cancelled`; `ForkError` in a fork of the process that made the pipeline. Whatever is raised, by a callback or
+        by Ctrl-C, leaves the pipeline as it was.
         """
-        asked = request.checked(
-            self._geometry(),
+        drop_in.check_options(drop_in.CALL, others, known=_ARGUMENTS)
+        given = Arguments(
             prompt=prompt,
             negative_prompt=negative_prompt,
             image=image,
@@ -178,103 +226,114 @@ class Pipeline:
             num_images_per_prompt=num_images_per_prompt,
             eta=eta,
             generator=generator,
+            seed=seed,
             latents=latents,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            clip_skip=clip_skip,
             masked_image_latents=masked_image_latents,
             padding_mask_crop=padding_mask_crop,
             overlay=overlay,
             output_type=output_type,
+            return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            cancel=cancel,
         )
-        painted = self._paint(asked)
-        if asked.output_type == "latent":
-            return PipelineOutput(painted)
-        pixels = self._engine.decode(painted, slicing=self._slicing, tiling=self._tiling)
-        return PipelineOutput(self._finished(asked, pixels))
+        try:
+            return self._called(given, scheduler)
+        except BaseException as error:
+            _forget(error)
+            raise
 
-    def enable_vae_slicing(self, enabled: bool = True) -> None:
-        """Decode one image of a batch at a time, with the memory of one. This is the default."""
-        self._slicing = enabled
+    def _called(self, given: Arguments, scheduler: object) -> PipelineOutput:
+        """What of the pipeline may change is read once, so that who changes it does so for the next call."""
+        engine, config = self._engine, self._scheduler
+        asked = request.checked(geometry(engine, self._tokenizer), given)
+        return self._painted(asked, engine, config if scheduler is None else chosen(scheduler, config))
 
-    def enable_vae_tiling(self, enabled: bool = True) -> None:
-        """Decode large images in overlapping tiles of the autoencoder's size: little memory, slightly other pixels."""
-        self._tiling = enabled
+    @torch.no_grad()
+    def _painted(self, asked: Request, engine: Engine, config: SchedulerConfig) -> PipelineOutput:
+        table, how = _table(config, asked), replace(self._decoding)
+        memory.check(engine, _call(asked, table, how))
+        asked.cancel.check()
+        states = text.states(engine, self._tokenizer, asked.words, asked.scales.branches)
+        painted = self._run(asked, engine.begin(tasks.job(engine, asked, table, states)))
+        images: Images = painted
+        if asked.output_type != "latent":
+            images = _finished(asked, engine.decode(painted, slicing=how.slicing, tiling=how.tiling))
+            asked.cancel.check()
+        return PipelineOutput(images)
 
-    def disable_vae_slicing(self) -> None:
-        self.enable_vae_slicing(False)
-
-    def disable_vae_tiling(self) -> None:
-        self.enable_vae_tiling(False)
-
-    def _geometry(self) -> Geometry:
-        factor, unet = self._engine.vae.config.factor, self._engine.unet.config
-        return Geometry(
-            channels=unet.out_channels,
-            extra_channels=unet.in_channels - unet.out_channels,
-            factor=factor,
-            side=unet.sample_size * factor,
-        )
-
-    def _paint(self, asked: Request) -> Tensor:
-        """The latents after the last step, (B, C, H, W), float32."""
-        table = self._table(asked)
-        steps = self._engine.sample(tasks.job(self._engine, asked, table, self._states(asked)))
-        with tqdm(total=table.steps, disable=not _on_a_terminal(), leave=False) as bar:
-            for latents in steps:  # noqa: B007  the last is the result
-                bar.update()
-        return latents.clone()  # the plan's state is a larger buffer
-
-    def _table(self, asked: Request) -> SamplerTable:
-        """The sampler's table, from the step on at which `strength` begins."""
-        build = partial(sampler_table, self._scheduler, asked.steps, eta=asked.eta)
-        build = partial(build, timesteps=asked.timesteps, sigmas=asked.sigmas)
-        own = asked.timesteps is not None or asked.sigmas is not None
-        begin = asked.begin(build().steps if own else asked.steps)
-        table = build(begin=begin)
-        if table.brownian is not None:
-            noise.brownian_interval()  # to miss it now, before any work
-        return table
-
-    def _states(self, asked: Request) -> Tensor:
-        """(G·B, L, width): what each branch reads, the fully conditioned one last."""
-        unguided = 0 if not asked.guided else 2 if asked.task == "instruct" else 1
-        prompts = [*asked.negative_prompts * unguided, *asked.prompts]
-        return self._engine.encode_text(self._tokenizer(prompts)).repeat_interleave(asked.images_per_prompt, dim=0)
-
-    def _finished(self, asked: Request, pixels: Tensor) -> Images:
-        source = asked.source
-        unit = to_unit(pixels)
-        if source is not None and source.overlay:
-            unit = source.laid_over(unit.float())
-        images = to_output(unit, asked.output_type)
-        if source is not None and source.crop is not None:
-            assert isinstance(images, list)
-            return source.crop.filled_in(images)
-        return images
+    def _run(self, asked: Request, run: Run) -> Tensor:
+        """The latents after the last row, (B, C, H, W), float32."""
+        table = run.job.table
+        watched = Watched(self, asked, run) if asked.callback is not None else None
+        asked.cancel.check()
+        with self.progress_bar(total=table.steps) as bar:
+            for row in run:
+                bar.update(int(table.ends_step[row]))
+                if watched is not None and not watched.goes_on(row):
+                    break
+                asked.cancel.check()
+        return run.result()
 
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+def _table(config: SchedulerConfig, asked: Request) -> SamplerTable:
+    """The sampler's table, from the step on at which `strength` begins."""
+    build = partial(sampler_table, config, asked.steps, eta=asked.eta)
+    build = partial(build, timesteps=asked.timesteps, sigmas=asked.sigmas)
+    own = asked.timesteps is not None or asked.sigmas is not None
+    begin = asked.begin(build().steps if own else asked.steps)
+    table = build(begin=begin)
+    if table.brownian is not None:
+        noise.brownian_interval()  # to miss it now, before any work
+    return table
 
 
-def _dtype(torch_dtype: object, dtype: object) -> torch.dtype:
-    if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
-        raise ArgumentError(f"dtype = {brief(dtype)}: torch_dtype says {brief(torch_dtype)}", field="dtype")
-    name, value = ("dtype", dtype) if torch_dtype is None else ("torch_dtype", torch_dtype)
-    value = torch.float32 if value is None else value
-    if not isinstance(value, torch.dtype) or value not in DTYPES:
-        raise ArgumentError(f"{name} = {brief(value)}: must be one of {', '.join(map(str, DTYPES))}", field=name)
-    return value
+def _call(asked: Request, table: SamplerTable, how: Decoding) -> memory.Call:
+    """What its memory depends on."""
+    encodes = 0 if asked.source is None else len(asked.source.pixels)
+    if isinstance(asked.generator, list) and asked.task == "image_to_image":
+        encodes = asked.batch
+    return memory.Call(
+        batch=asked.batch,
+        branches=asked.scales.branches,
+        height=asked.height,
+        width=asked.width,
+        steps=table.rows,
+        slicing=how.slicing,
+        tiling=how.tiling,
+        encodes=encodes,
+        output_type=asked.output_type,
+    )
 
 
-def _device(value: object) -> torch.device:
-    try:
-        device = torch.device("cpu" if value is None else value)  # type: ignore[call-overload]
-    except (RuntimeError, TypeError):
-        raise ArgumentError(f'device = {brief(value)}: must be "cpu", "cuda" or "cuda:N"', field="device") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ArgumentError(f'device = {brief(value)}: must be "cpu", "cuda" or "cuda:N"', field="device")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ArgumentError(f"device = {brief(value)}: there are {torch.cuda.device_count()} GPUs here", field="device")
-    return device
+def _finished(asked: Request, pixels: Tensor) -> Images:
+    """What the caller asked for, of decoded pixels."""
+    source, unit = asked.source, to_unit(pixels)
+    if source is not None and source.overlay:
+        unit = source.laid_over(unit.float())
+    images = to_output(unit, asked.output_type)
+    if source is not None and source.crop is not None:
+        assert isinstance(images, list)
+        return source.crop.filled_in(images)
+    return images
 
 
-def _on_a_terminal() -> bool:
-    return sys.stderr is not None and sys.stderr.isatty()
+def _forget(error: BaseException) -> None:
+    """Clears the frames of ours that an exception came through, so that holding it does not hold their tensors."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        for frame, _ in traceback.walk_tb(link.__traceback__):
+            if frame.f_globals.get("__name__", "").partition(".")[0] in ("fastldm", "torch"):
+                with suppress(RuntimeError):  # it is still running
+                    frame.clear()
+        link = link.__cause__ or link.__context__
+
+
+_LOADING, _ARGUMENTS = (
+    tuple(inspect.signature(function).parameters)[1:-1] for function in (Pipeline.__init__, Pipeline.__call__)
+)

@@ -68,17 +68,18 @@ class Tokenizer:
         """The same tokenizer, filling the window with the id `pad`."""
         return Tokenizer(self.bpe, self.length, eos=self.eos, pad=pad)
 
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
+    def __call__(self, prompts: Sequence[str], *, length: int | None = None) -> Tensor:
         """-> (B, length) int64 on the CPU. What does not fit is left out, with one warning that says what."""
-        return torch.tensor([self._window(prompt) for prompt in prompts], dtype=torch.int64, device="cpu")
+        length = length or self.length
+        return torch.tensor([self._window(prompt, length) for prompt in prompts], dtype=torch.int64, device="cpu")
 
-    def _window(self, prompt: str) -> list[int]:
+    def _window(self, prompt: str, length: int) -> list[int]:
         ids: list[int] = self.bpe.encode(prompt).ids
-        if len(ids) > self.length:
-            lost = self.bpe.decode(ids[self.length - 1 : -1]).replace(WORD_END, " ").strip()
-            log.warning("the prompt is longer than %d tokens; left out: %s", self.length, brief(lost))
-            ids = [*ids[: self.length - 1], self.eos]
-        return ids + [self.pad] * (self.length - len(ids))
+        if len(ids) > length:
+            lost = self.bpe.decode(ids[length - 1 : -1]).replace(WORD_END, " ").strip()
+            log.warning("the prompt is longer than %d tokens; left out: %s", length, brief(lost))
+            ids = [*ids[: length - 1], self.eos]
+        return ids + [self.pad] * (length - len(ids))
 
 
 Added = dict[str, tuple[int | None, AddedToken]]

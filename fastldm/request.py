@@ -2,27 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from fastldm.arguments import (
+    MAX_GUIDANCE,
+    MAX_IMAGES,
+    MAX_NOISE,
+    MAX_PIXELS,
+    MAX_STEPS,
+    MAX_TOKENS,
+    Arguments,
+    Generators,
+    flag,
+    generators,
+    integer,
+    is_plain,
+    number,
+    numbers,
+    seeded,
+    tensor,
+    texts,
+    wrong,
+)
+from fastldm.cancel import CancelToken
 from fastldm.errors import ArgumentError, brief
-from fastldm.image import MAX_COUNT, MAX_SIDE, OUTPUT_TYPES
+from fastldm.image import MAX_SIDE, OUTPUT_TYPES
 from fastldm.source import Source, read_source
 
-MAX_PROMPT_BYTES = 64 << 10
-MAX_PIXELS = 4096 * 4096
-MAX_IMAGES = MAX_COUNT
-MAX_STEPS = 1000
-MAX_GUIDANCE = 100.0
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-Generators = torch.Generator | list[torch.Generator] | None
 Task = Literal["text_to_image", "image_to_image", "inpaint", "instruct"]
+Family = Literal["sd"]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a call does that does not say it."""
+
+    steps: int = 50
+    strength: float = 1.0
+    guidance: float = 7.5
+    image_guidance: float = 1.5
+
+
+DEFAULTS: dict[tuple[Family, Task], Defaults] = {  # those of diffusers' pipelines
+    ("sd", "text_to_image"): Defaults(),
+    ("sd", "image_to_image"): Defaults(strength=0.8),
+    ("sd", "inpaint"): Defaults(),
+    ("sd", "instruct"): Defaults(steps=100),
+}
+CALLBACK_TENSORS: dict[Task, tuple[str, ...]] = {  # what a callback may read and change
+    "text_to_image": ("latents", "prompt_embeds", "negative_prompt_embeds"),
+    "image_to_image": ("latents", "prompt_embeds", "negative_prompt_embeds"),
+    "inpaint": ("latents", "prompt_embeds", "negative_prompt_embeds", "mask", "masked_image_latents"),
+    "instruct": ("latents", "prompt_embeds", "image_latents"),
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +70,11 @@ class Geometry:
     extra_channels: int  # that its U-Net reads behind them: a mask and an image, an image, or none
     factor: int  # pixels per latent pixel, along one side
     side: int  # pixels of an image where nobody says otherwise
+    window: int  # tokens of a prompt
+    width: int  # of a token's embedding
+    text_layers: int
+    device: torch.device
+    family: Family = "sd"
 
     @property
     def task(self) -> Task | None:
@@ -41,150 +83,234 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Request:
-    """One call, checked. There are `batch` images: `images_per_prompt` for each prompt, one prompt after the other."""
+class Scales:
+    """How strongly a call is guided by its text, and for instruct-pix2pix by its image; a callback may change it."""
 
     task: Task
-    prompts: tuple[str, ...]
-    negative_prompts: tuple[str, ...]
+    text: float
+    image: float
+    rescale: float
+
+    @property
+    def branches(self) -> int:
+        """Of the network in each row. A guidance of 1 or less is the conditional branch alone."""
+        if self.text <= 1 or (self.task == "instruct" and self.image < 1):
+            return 1
+        return 3 if self.task == "instruct" else 2
+
+    @property
+    def weights(self) -> list[float]:
+        """Of the branches: unconditional, (image,) text. arXiv 2207.12598, equation 6; 2211.09800, equation 3."""
+        s, s_image = self.text, self.image
+        return {1: [1.0], 2: [1 - s, s], 3: [1 - s_image, s_image - s, s]}[self.branches]
+
+
+Callback = Callable[..., Any]
+"""callback(pipe, index of the row, timestep, {name: tensor}) -> {name: tensor}"""
+
+
+@dataclass(frozen=True)
+class Words:
+    """What is to be painted, in words or as embeddings (prompts, tokens, width), and what is not."""
+
+    prompts: tuple[str, ...]  # none where there are embeddings
+    negative_prompts: tuple[str, ...]  # likewise
+    embeds: Tensor | None
+    negative_embeds: Tensor | None
+    clip_skip: int
+    images_per_prompt: int
+
+    @property
+    def count(self) -> int:
+        """Of the prompts."""
+        return len(self.prompts) if self.embeds is None else len(self.embeds)
+
+    @property
+    def batch(self) -> int:
+        return self.count * self.images_per_prompt
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call, checked. There are `batch` images: so many for each prompt, one prompt after the other."""
+
+    task: Task
+    words: Words
     height: int
     width: int
     steps: int
     timesteps: tuple[float, ...] | None
     sigmas: tuple[float, ...] | None
-    guidance_scale: float
-    guidance_rescale: float
-    image_guidance_scale: float
-    images_per_prompt: int
+    scales: Scales
     eta: float
     generator: Generators
+    seeded: bool  # each image by itself: it has the noise that its seed alone would give it
     latents: Tensor | None
     source: Source | None
     masked_image_latents: Tensor | None
     output_type: str
+    return_dict: bool
+    callback: Callback | None
+    callback_tensors: tuple[str, ...]
+    cancel: CancelToken
 
     @property
     def batch(self) -> int:
-        return len(self.prompts) * self.images_per_prompt
-
-    @property
-    def guided(self) -> bool:
-        """Whether unconditional branches are computed: guidance of 1 is the conditional branch alone."""
-        return self.guidance_scale > 1 and (self.task != "instruct" or self.image_guidance_scale >= 1)
+        return self.words.batch
 
     def begin(self, steps: int) -> int:
         """The first of `steps` steps that is run: with strength s, the last int(s · steps) are."""
         strength = 1.0 if self.source is None else self.source.strength
         if int(steps * strength) < 1:
-            raise _wrong("strength", strength, f"leaves none of {steps} steps")
+            raise wrong("strength", strength, f"leaves none of {steps} steps")
         return steps - int(steps * strength)
 
 
-@dataclass(frozen=True)
-class Defaults:
-    steps: int
-    strength: float
-
-
-DEFAULTS: dict[Task, Defaults] = {
-    "text_to_image": Defaults(steps=50, strength=1.0),
-    "image_to_image": Defaults(steps=50, strength=0.8),
-    "inpaint": Defaults(steps=50, strength=1.0),
-    "instruct": Defaults(steps=100, strength=1.0),
-}
-
-
-def checked(
-    geometry: Geometry,
-    *,
-    prompt: object,
-    negative_prompt: object,
-    image: object,
-    mask_image: object,
-    strength: object,
-    height: object,
-    width: object,
-    num_inference_steps: object,
-    timesteps: object,
-    sigmas: object,
-    guidance_scale: object,
-    guidance_rescale: object,
-    image_guidance_scale: object,
-    num_images_per_prompt: object,
-    eta: object,
-    generator: object,
-    latents: object,
-    masked_image_latents: object,
-    padding_mask_crop: object,
-    overlay: object,
-    output_type: object,
-) -> Request:
+def checked(geometry: Geometry, given: Arguments) -> Request:
     """Raises `ArgumentError` naming the argument, its value and what it may be."""
-    prompts = _prompts("prompt", prompt)
-    images = _integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
-    batch = len(prompts) * images
-    if batch > MAX_IMAGES:
-        raise _wrong("num_images_per_prompt", images, f"{len(prompts)} prompts make {batch} images, over {MAX_IMAGES}")
-    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
-        raise _wrong("output_type", output_type, f"must be one of {', '.join(map(repr, OUTPUT_TYPES))}")
-    task = _task(geometry, image, mask_image)
-    steps, given_timesteps, given_sigmas = _schedule(task, num_inference_steps, timesteps, sigmas)
-    _only_with(task, ("inpaint",), padding_mask_crop=padding_mask_crop, masked_image_latents=masked_image_latents)
-    kept = _flag("overlay", overlay)
-    _only_with(task, ("inpaint",), overlay=kept or None)
-    _only_with(task, ("image_to_image", "inpaint"), strength=strength)
-    _only_with(task, ("instruct",), image_guidance_scale=image_guidance_scale)
-    size = _size(geometry, height, width)
-    source = None
-    if task != "text_to_image":
-        own_size = height is None and width is None and padding_mask_crop is None
-        source = read_source(
-            geometry,
-            image=image,
-            mask_image=mask_image,
-            strength=_strength(task, strength),
-            size=None if own_size else size,
-            padding_mask_crop=_padding(padding_mask_crop, output_type),
-            overlay=_overlay(kept, output_type),
-        )
-        _check_counts(source, len(prompts))
+    words = checked_words(geometry, given)
+    if not isinstance(given.output_type, str) or given.output_type not in OUTPUT_TYPES:
+        raise wrong("output_type", given.output_type, f"must be one of {', '.join(map(repr, OUTPUT_TYPES))}")
+    task = _task(geometry, given)
+    defaults = DEFAULTS[geometry.family, task]
+    steps, timesteps, sigmas = _schedule(defaults, given)
+    scales = _scales(task, defaults, given)
+    check_lengths(geometry, words, guided=scales.branches > 1)
+    size = _size(geometry, given)
+    source = _source(geometry, task, defaults, given, size)
+    if source is not None:
+        if len(source.pixels) not in (1, words.count):
+            raise ArgumentError(f"image: {len(source.pixels)} images for {words.count} prompts", field="image")
         size = source.size
     shape = (geometry.channels, *(side // geometry.factor for side in size))
+    callback, tensors = _callback(geometry, task, given)
     asked = Request(
         task=task,
-        prompts=prompts,
-        negative_prompts=_negative_prompts(negative_prompt, len(prompts)),
+        words=words,
         height=size[0],
         width=size[1],
         steps=steps,
-        timesteps=given_timesteps,
-        sigmas=given_sigmas,
-        guidance_scale=_number("guidance_scale", guidance_scale, 0, MAX_GUIDANCE),
-        guidance_rescale=_number("guidance_rescale", guidance_rescale, 0, 1),
-        image_guidance_scale=_number(
-            "image_guidance_scale", 1.5 if image_guidance_scale is None else image_guidance_scale, 0, MAX_GUIDANCE
-        ),
-        images_per_prompt=images,
-        eta=_number("eta", eta, 0, 1),
-        generator=_generator(generator, batch),
-        latents=_first_latents(latents, (batch, *shape), task, source),
+        timesteps=timesteps,
+        sigmas=sigmas,
+        scales=scales,
+        eta=number("eta", given.eta, 0, 1),
+        generator=_generators(geometry, given, words.batch),
+        seeded=given.seed is not None,
+        latents=_first_latents(given.latents, (words.batch, *shape), task, source),
         source=source,
-        masked_image_latents=_masked_latents(masked_image_latents, geometry, shape, len(prompts)),
-        output_type=str(output_type),
+        masked_image_latents=_masked_latents(given.masked_image_latents, geometry, shape, words.count),
+        output_type=str(given.output_type),
+        return_dict=flag("return_dict", given.return_dict),
+        callback=callback,
+        callback_tensors=tensors,
+        cancel=_cancel(given.cancel),
     )
     if timesteps is None and sigmas is None:
         asked.begin(steps)
     return asked
 
 
-def _task(geometry: Geometry, image: object, mask_image: object) -> Task:
+# ----------------------------------------------------------------------------------------------------------- the words
+
+
+def checked_words(geometry: Geometry, given: Arguments) -> Words:
+    prompts, count = _prompts(geometry, given)
+    images = integer("num_images_per_prompt", given.num_images_per_prompt, 1, MAX_IMAGES)
+    if count * images > MAX_IMAGES:
+        reason = f"{count} prompts make {count * images} images, over {MAX_IMAGES}"
+        raise wrong("num_images_per_prompt", images, reason)
+    negative_prompts, embeds, negative_embeds = _embeddings(geometry, given, count)
+    return Words(prompts, negative_prompts, embeds, negative_embeds, _clip_skip(geometry, given), images)
+
+
+def check_lengths(geometry: Geometry, words: Words, *, guided: bool) -> None:
+    """A negative prompt is cut and filled to the length of the embeddings, which must be one that it can have."""
+    if words.embeds is None or words.negative_embeds is not None or not guided:
+        return
+    if not 2 <= (length := words.embeds.shape[1]) <= geometry.window:
+        reason = f"are needed in the shape of prompt_embeds: a prompt has 2 to {geometry.window} tokens, not {length}"
+        raise ArgumentError(f"negative_prompt_embeds: {reason}", field="negative_prompt_embeds")
+
+
+def _prompts(geometry: Geometry, given: Arguments) -> tuple[tuple[str, ...], int]:
+    """The prompts, and how many there are; none where their embeddings are given."""
+    embeds = given.prompt_embeds
+    if embeds is None:
+        prompts = texts("prompt", given.prompt)
+        return prompts, len(prompts)
+    if given.prompt is not None:
+        raise ArgumentError("prompt_embeds: stands in place of prompt, give one of them", field="prompt_embeds")
+    if not isinstance(embeds, Tensor) or embeds.is_nested or embeds.ndim != 3:
+        raise _no_embedding("prompt_embeds", embeds, f"(prompts, tokens, {geometry.width})")
+    count, tokens = embeds.shape[:2]
+    if not (1 <= count <= MAX_IMAGES and 1 <= tokens <= MAX_TOKENS):
+        raise _no_embedding("prompt_embeds", embeds, f"(1 to {MAX_IMAGES}, 1 to {MAX_TOKENS}, {geometry.width})")
+    return (), count
+
+
+def _no_embedding(name: str, value: object, shape: str) -> ArgumentError:
+    what = f"a {type(value).__name__}"
+    if isinstance(value, Tensor) and not value.is_nested:
+        what = f"of shape {tuple(value.shape)}"
+    return ArgumentError(f"{name}: is {what}, must be a tensor {shape}", field=name)
+
+
+def _embeddings(
+    geometry: Geometry, given: Arguments, count: int
+) -> tuple[tuple[str, ...], Tensor | None, Tensor | None]:
+    """The negative prompts, and both embeddings, as far as they are given."""
+    embeds: Any = given.prompt_embeds
+    length = geometry.window if embeds is None else embeds.shape[1]
+    shape = (count, length, geometry.width)
+    positive = tensor("prompt_embeds", embeds, shape)
+    if given.negative_prompt_embeds is None:
+        return _negative_prompts(given.negative_prompt, count), positive, None
+    if given.negative_prompt is not None:
+        reason = "stands in place of negative_prompt, give one of them"
+        raise ArgumentError(f"negative_prompt_embeds: {reason}", field="negative_prompt_embeds")
+    return (), positive, tensor("negative_prompt_embeds", given.negative_prompt_embeds, shape)
+
+
+def _negative_prompts(value: object, count: int) -> tuple[str, ...]:
+    if value is None:
+        return ("",) * count
+    prompts = texts("negative_prompt", value)
+    if isinstance(value, str):
+        return prompts * count
+    if len(prompts) != count:
+        raise wrong("negative_prompt", value, f"has {len(prompts)} entries for {count} prompts")
+    return prompts
+
+
+def _clip_skip(geometry: Geometry, given: Arguments) -> int:
+    if given.clip_skip is None:
+        return 0
+    if given.prompt_embeds is not None:
+        raise wrong("clip_skip", given.clip_skip, "prompt_embeds are not encoded any more")
+    return integer("clip_skip", given.clip_skip, 0, geometry.text_layers - 1)
+
+
+# --------------------------------------------------------------------------------------------------- task and schedule
+
+
+def _task(geometry: Geometry, given: Arguments) -> Task:
     """What is asked for, by which images are given and what the model's input channels are for."""
+    task = _known_task(geometry, given.image, given.mask_image)
+    _only_with(task, ("inpaint",), given, "padding_mask_crop", "masked_image_latents")
+    if flag("overlay", given.overlay):
+        _only_with(task, ("inpaint",), given, "overlay")
+    _only_with(task, ("image_to_image", "inpaint"), given, "strength")
+    _only_with(task, ("instruct",), given, "image_guidance_scale")
+    return task
+
+
+def _known_task(geometry: Geometry, image: object, mask_image: object) -> Task:
     if image is None and mask_image is not None:
-        raise _wrong("image", None, "a mask needs the image that it is laid on")
+        raise wrong("image", None, "a mask needs the image that it is laid on")
     if geometry.task == "inpaint" and mask_image is None:
-        raise _wrong("mask_image", None, "this model's U-Net was trained for inpainting: it needs image and mask_image")
+        raise wrong("mask_image", None, "this model's U-Net was trained for inpainting: it needs image and mask_image")
     if geometry.task == "instruct" and image is None:
-        raise _wrong("image", None, "this model's U-Net was trained to edit images: it needs one")
+        raise wrong("image", None, "this model's U-Net was trained to edit images: it needs one")
     if geometry.task == "instruct" and mask_image is not None:
         raise ArgumentError("mask_image: this model edits whole images and takes no mask", field="mask_image")
     if geometry.task is not None:
@@ -194,63 +320,127 @@ def _task(geometry: Geometry, image: object, mask_image: object) -> Task:
     return "text_to_image" if image is None else "image_to_image"
 
 
-def _only_with(task: Task, tasks: tuple[Task, ...], **arguments: object) -> None:
-    for name, value in arguments.items():
-        if value is not None and task not in tasks:
+def _only_with(task: Task, tasks: tuple[Task, ...], given: Arguments, *names: str) -> None:
+    for name in names:
+        if getattr(given, name) is not None and task not in tasks:
             raise ArgumentError(f"{name}: belongs to {' and '.join(tasks)}, this call is {task}", field=name)
 
 
-def _schedule(
-    task: Task, steps: object, timesteps: object, sigmas: object
-) -> tuple[int, tuple[float, ...] | None, tuple[float, ...] | None]:
+def _schedule(defaults: Defaults, given: Arguments) -> tuple[int, tuple[float, ...] | None, tuple[float, ...] | None]:
     """The number of steps, and the caller's own schedule where one is given."""
-    if timesteps is not None and sigmas is not None:
+    if given.timesteps is not None and given.sigmas is not None:
         raise ArgumentError("timesteps: give timesteps or sigmas, not both", field="timesteps")
-    number = _integer("num_inference_steps", DEFAULTS[task].steps if steps is None else steps, 1, MAX_STEPS)
-    own = {"timesteps": _numbers("timesteps", timesteps), "sigmas": _numbers("sigmas", sigmas)}
-    count = next((min(len(values), MAX_STEPS) for values in own.values() if values is not None), number)
-    return count, own["timesteps"], own["sigmas"]
+    asked = defaults.steps if given.num_inference_steps is None else given.num_inference_steps
+    steps = integer("num_inference_steps", asked, 1, MAX_STEPS)
+    timesteps, sigmas = numbers("timesteps", given.timesteps), numbers("sigmas", given.sigmas)
+    own = timesteps if sigmas is None else sigmas
+    return (steps if own is None else min(len(own), MAX_STEPS)), timesteps, sigmas
 
 
-def _numbers(name: str, value: object) -> tuple[float, ...] | None:
+def _scales(task: Task, defaults: Defaults, given: Arguments) -> Scales:
+    scale, image_scale = given.guidance_scale, given.image_guidance_scale
+    return check_scales(
+        Scales(
+            task,
+            text=defaults.guidance if scale is None else scale,  # type: ignore[arg-type]
+            image=defaults.image_guidance if image_scale is None else image_scale,  # type: ignore[arg-type]
+            rescale=given.guidance_rescale,  # type: ignore[arg-type]
+        )
+    )
+
+
+def check_scales(scales: Scales) -> Scales:
+    """With plain floats, each in its range."""
+    return replace(
+        scales,
+        text=number("guidance_scale", scales.text, 0, MAX_GUIDANCE),
+        image=number("image_guidance_scale", scales.image, 0, MAX_GUIDANCE),
+        rescale=number("guidance_rescale", scales.rescale, 0, 1),
+    )
+
+
+def _callback(geometry: Geometry, task: Task, given: Arguments) -> tuple[Callback | None, tuple[str, ...]]:
+    """The function, and the names of the tensors that it is handed; diffusers' own callbacks say them themselves."""
+    function, name = given.callback_on_step_end, "callback_on_step_end_tensor_inputs"
+    if function is not None and not callable(function):
+        raise wrong("callback_on_step_end", function, "must be callable")
+    names: Any = getattr(function, "tensor_inputs", given.callback_on_step_end_tensor_inputs)
+    if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
+        raise wrong(name, names, "must be a list of names")
+    strange = [n for n in names if n not in CALLBACK_TENSORS[task]]
+    if strange:
+        choices = ", ".join(CALLBACK_TENSORS[task])
+        raise ArgumentError(f"{name}: {brief(strange[0])} is none of {choices}, for {task}", field=name)
+    if "masked_image_latents" in names and not geometry.extra_channels:
+        raise wrong(name, names, "this model's U-Net does not read masked_image_latents")
+    return function, tuple(names)
+
+
+def _cancel(value: object) -> CancelToken:
     if value is None:
-        return None
-    if isinstance(value, Tensor) and _is_plain(value):
-        value = value.tolist()
-    values = value.tolist() if isinstance(value, np.ndarray) else value
-    most = MAX_STEPS + (name == "sigmas")  # some samplers take the one behind the last step, too
-    if not isinstance(values, list | tuple) or not 1 <= len(values) <= most:
-        raise _wrong(name, value, f"must be a list of 1 to {most} numbers")
-    return tuple(_number(name, v, 0, 1e6) for v in values)
-
-
-def _strength(task: Task, value: object) -> float:
-    return _number("strength", DEFAULTS[task].strength if value is None else value, 0, 1)
-
-
-def _overlay(value: bool, output_type: str) -> bool:
-    if value and output_type == "latent":
-        raise _wrong("overlay", value, "needs pixels, output_type is 'latent'")
+        return CancelToken()
+    if not isinstance(value, CancelToken):
+        raise wrong("cancel", value, "must be a fastldm.CancelToken")
     return value
 
 
-def _padding(value: object, output_type: str) -> int | None:
-    if value is None:
+# --------------------------------------------------------------------------------------------------- images and latents
+
+
+def _size(geometry: Geometry, given: Arguments) -> tuple[int, int]:
+    sides = []
+    for name, value in (("height", given.height), ("width", given.width)):
+        side = geometry.side if value is None else integer(name, value, geometry.factor, MAX_SIDE)
+        if side % geometry.factor:
+            raise wrong(name, value, f"must be a multiple of {geometry.factor}")
+        sides.append(side)
+    if sides[0] * sides[1] > MAX_PIXELS:
+        raise wrong("height", given.height, f"{sides[0]}×{sides[1]} is over {MAX_PIXELS} pixels")
+    return sides[0], sides[1]
+
+
+def _source(
+    geometry: Geometry, task: Task, defaults: Defaults, given: Arguments, size: tuple[int, int]
+) -> Source | None:
+    if task == "text_to_image":
         return None
-    if output_type != "pil":
-        raise _wrong("output_type", output_type, "must be 'pil' with padding_mask_crop")
-    return _integer("padding_mask_crop", value, 0, MAX_SIDE)
+    strength = number("strength", defaults.strength if given.strength is None else given.strength, 0, 1)
+    if given.overlay and given.output_type == "latent":
+        raise wrong("overlay", given.overlay, "needs pixels, output_type is 'latent'")
+    padding = given.padding_mask_crop
+    if padding is not None:
+        if given.output_type != "pil":
+            raise wrong("output_type", given.output_type, "must be 'pil' with padding_mask_crop")
+        padding = integer("padding_mask_crop", padding, 0, MAX_SIDE)
+    own_size = given.height is None and given.width is None and padding is None
+    return read_source(
+        geometry,
+        image=given.image,
+        mask_image=given.mask_image,
+        strength=strength,
+        size=None if own_size else size,
+        padding_mask_crop=padding,
+        overlay=bool(given.overlay),
+    )
 
 
-def _check_counts(source: Source, prompts: int) -> None:
-    if len(source.pixels) not in (1, prompts):
-        raise ArgumentError(f"image: {len(source.pixels)} images for {prompts} prompts", field="image")
+def _generators(geometry: Geometry, given: Arguments, batch: int) -> Generators:
+    if given.seed is None:
+        return generators(given.generator, batch, geometry.device)
+    if given.generator is not None:
+        raise ArgumentError("seed: stands in place of generator, give one of them", field="seed")
+    return seeded(given.seed, batch)
 
 
 def _first_latents(value: object, shape: Sequence[int], task: Task, source: Source | None) -> Tensor | None:
     if value is not None and source is not None and (task == "image_to_image" or source.strength < 1):
         raise ArgumentError("latents: the run starts from the image, with noise from `generator`", field="latents")
-    return _latents("latents", value, shape)
+    found = tensor("latents", value, shape)
+    if found is not None and not (most := float(found.abs().max())) <= MAX_NOISE:
+        raise ArgumentError(
+            f"latents: reach {most:g}, must be noise of variance 1, within ±{MAX_NOISE:g}", field="latents"
+        )
+    return found
 
 
 def _masked_latents(value: object, geometry: Geometry, shape: Sequence[int], prompts: int) -> Tensor | None:
@@ -258,115 +448,5 @@ def _masked_latents(value: object, geometry: Geometry, shape: Sequence[int], pro
         return None
     if geometry.task != "inpaint":
         raise ArgumentError("masked_image_latents: this model's U-Net does not read them", field="masked_image_latents")
-    count = len(value) if isinstance(value, Tensor) and value.ndim and len(value) in (1, prompts) else 1
-    return _latents("masked_image_latents", value, (count, *shape))
-
-
-# ------------------------------------------------------------------------------------------------- one kind of argument
-
-
-def _wrong(name: str, value: object, reason: str) -> ArgumentError:
-    return ArgumentError(f"{name} = {brief(value)}: {reason}", field=name)
-
-
-def _scalar(value: object) -> int | float | None:
-    """A number, also NumPy's or a tensor's without dimensions; None for what is none, bools and strings among them."""
-    if isinstance(value, Tensor) and not _is_plain(value):
-        return None
-    if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0:
-        value = value.item()
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool | np.bool_):
-        raise _wrong(name, value, "must be True or False")
-    return bool(value)
-
-
-def _is_plain(t: Tensor) -> bool:
-    """Whether a tensor's values can be read: not on meta, not sparse."""
-    return not t.is_meta and t.layout == torch.strided
-
-
-def _integer(name: str, value: object, low: int, high: int) -> int:
-    number = _scalar(value)
-    if not isinstance(number, int) or not low <= number <= high:
-        raise _wrong(name, value, f"must be an integer from {low} to {high}")
-    return number
-
-
-def _number(name: str, value: object, low: float, high: float) -> float:
-    number = _scalar(value)
-    if number is None or not low <= number <= high:  # NaN is not
-        raise _wrong(name, value, f"must be a number from {low:g} to {high:g}")
-    return float(number)
-
-
-def _prompts(name: str, value: object) -> tuple[str, ...]:
-    prompts = [value] if isinstance(value, str) else value
-    if not isinstance(prompts, list | tuple) or not prompts:
-        raise _wrong(name, value, "must be a string or a list of strings")
-    if len(prompts) > MAX_IMAGES:
-        raise _wrong(name, value, f"has {len(prompts)} prompts, over {MAX_IMAGES}")
-    return tuple(_prompt(name, p) for p in prompts)
-
-
-def _prompt(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise _wrong(name, value, "must be a string or a list of strings")
-    if len(value) > MAX_PROMPT_BYTES:
-        raise _wrong(name, value[:80], f"has {len(value)} characters, over {MAX_PROMPT_BYTES}")
-    try:
-        size = len(value.encode())
-    except UnicodeEncodeError as error:
-        raise _wrong(name, value, f"has half of a surrogate pair at position {error.start}") from None
-    if size > MAX_PROMPT_BYTES:
-        raise _wrong(name, value[:80], f"has {size} bytes, over {MAX_PROMPT_BYTES}")
-    return value
-
-
-def _negative_prompts(value: object, count: int) -> tuple[str, ...]:
-    if value is None:
-        return ("",) * count
-    prompts = _prompts("negative_prompt", value)
-    if isinstance(value, str):
-        return prompts * count
-    if len(prompts) != count:
-        raise _wrong("negative_prompt", value, f"has {len(prompts)} entries for {count} prompts")
-    return prompts
-
-
-def _size(geometry: Geometry, height: object, width: object) -> tuple[int, int]:
-    sides = []
-    for name, value in (("height", height), ("width", width)):
-        side = geometry.side if value is None else _integer(name, value, geometry.factor, MAX_SIDE)
-        if side % geometry.factor:
-            raise _wrong(name, value, f"must be a multiple of {geometry.factor}")
-        sides.append(side)
-    if sides[0] * sides[1] > MAX_PIXELS:
-        raise _wrong("height", height, f"{sides[0]}×{sides[1]} is over {MAX_PIXELS} pixels")
-    return sides[0], sides[1]
-
-
-def _generator(value: object, batch: int) -> Generators:
-    if value is None or isinstance(value, torch.Generator):
-        return value
-    if not isinstance(value, list | tuple) or not all(isinstance(g, torch.Generator) for g in value):
-        raise _wrong("generator", value, "must be a torch.Generator, a list of them, or None")
-    if len(value) not in (1, batch):
-        raise _wrong("generator", value, f"has {len(value)} entries for {batch} images")
-    return list(value)
-
-
-def _latents(name: str, value: object, shape: Sequence[int]) -> Tensor | None:
-    if value is None:
-        return None
-    if not isinstance(value, Tensor) or value.dtype not in FLOATS or value.layout != torch.strided or value.is_meta:
-        kind: Any = f"{value.dtype}, {value.layout}" if isinstance(value, Tensor) else type(value).__name__
-        raise ArgumentError(f"{name}: must be a dense floating-point tensor, not {kind}", field=name)
-    if tuple(value.shape) != tuple(shape):
-        raise ArgumentError(f"{name}: have shape {tuple(value.shape)}, must have {tuple(shape)}", field=name)
-    if not bool(torch.isfinite(value.float()).all()):
-        raise ArgumentError(f"{name}: hold NaN, infinity or what float32 cannot hold", field=name)
-    return value.detach()
+    one_for_each = isinstance(value, Tensor) and is_plain(value) and value.shape[:1] == (prompts,)
+    return tensor("masked_image_latents", value, (prompts if one_for_each else 1, *shape))

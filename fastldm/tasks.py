@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastldm.request import Request
+from fastldm.request import Request, Scales
 from fastldm.runtime.engine import Engine, Job
 from fastldm.runtime.plan import Guidance, Inpainting
 from fastldm.sampling import SamplerTable, noise
@@ -37,10 +37,14 @@ class Studio:
         """A sample of the latents of pixels (n, 3, H, W) in −1..1, float32; generator k draws for image k."""
         posterior = self.engine.encode_image(pixels)
         epsilon = self._draw_for(posterior.mean.shape)
-        return self.engine.vae.to_latents(posterior.mean.float() + posterior.std.float() * epsilon)
+        mean, std = (repeated(t.float(), len(epsilon)) for t in (posterior.mean, posterior.std))
+        return self.engine.vae.to_latents(mean + std * epsilon)
 
     def _draw_for(self, shape: torch.Size) -> Tensor:
+        """Noise for n pictures; but for a batch of them where each of its images has a seed of its own."""
         generator = self.request.generator
+        if self.request.seeded:
+            return noise.draw((self.request.batch, *shape[1:]), generator, device=self.engine.device)
         if isinstance(generator, list) and len(generator) > 1:
             generator = generator[: shape[0]]
         return noise.draw(shape, generator, device=self.engine.device)
@@ -81,7 +85,7 @@ class Studio:
         """Brooks et al., arXiv 2211.09800: branches without both conditions, with the image, with image and text."""
         mean = self.engine.encode_image(2 * source.pixels - 1).mean.float()  # not scaled, the model is trained so
         mean = repeated(mean, self.request.batch)
-        seen = [torch.zeros_like(mean), mean, mean] if self.request.guided else [mean]
+        seen = [torch.zeros_like(mean), mean, mean] if self.request.scales.branches > 1 else [mean]
         return self._job(states, self.table.start[1] * self._first_noise(), extra_channels=torch.cat(seen))
 
     # ----------------------------------------------------------------------------------------------------- their parts
@@ -107,7 +111,7 @@ class Studio:
     ) -> Job:
         return Job(
             table=self.table,
-            guidance=guidance(self.request, self.table.rows),
+            guidance=guidance(self.request.scales, self.table.rows),
             x=x,
             states=states,
             noise=noise.RowNoise(self.table, x.shape, self.request.generator, device=self.engine.device),
@@ -127,10 +131,5 @@ def job(engine: Engine, request: Request, table: SamplerTable, states: Tensor) -
     return studio.image_to_image(states, request.source)
 
 
-def guidance(request: Request, rows: int) -> Guidance:
-    """The branches' weights: unconditional, (image,) text. arXiv 2207.12598, equation 6; 2211.09800, equation 3."""
-    s, s_image = request.guidance_scale, request.image_guidance_scale
-    weights = [1.0]
-    if request.guided:
-        weights = [1 - s_image, s_image - s, s] if request.task == "instruct" else [1 - s, s]
-    return Guidance(np.tile(weights, (rows, 1)), np.full(rows, request.guidance_rescale))
+def guidance(scales: Scales, rows: int) -> Guidance:
+    return Guidance(np.tile(scales.weights, (rows, 1)), np.full(rows, scales.rescale))

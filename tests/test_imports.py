@@ -25,14 +25,28 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 ARROWS: Mapping[str, set[str]] = {
     "fastldm": {"errors"},
     "__main__": {"cli"},
-    "cli": {"pipeline", "fastldm", "convert", "info"},
-    "pipeline": {"assemble", "tasks", "runtime", "request", "sampling", "image"},
-    "convert": {"assemble", "runtime", "sampling", "weights"},
-    "info": {"assemble", "runtime", "weights"},
-    "assemble": {"runtime", "sampling", "prompt", "weights"},
+    "cli": {"paint", "signals", "fastldm", "convert", "info"},
+    "paint": {"pipeline", "png", "signals", "fastldm"},
+    "png": {"weights"},
+    "signals": set(),
+    "pipeline": {"assemble", "asked", "callback", "runtime", "sampling", "surface", "tasks"},
+    "surface": {"components", "drop_in", "request", "save", "text"},
+    "callback": {"request", "runtime", "tasks"},
+    "text": {"prompt", "request", "runtime"},
+    "components": {"arguments", "drop_in", "hub_config", "prompt", "runtime", "sampling"},
+    "save": {"convert", "runtime", "sampling", "tokenizer_files", "weights"},
+    "convert": {"assemble", "asked", "runtime", "sampling", "tokenizer_files", "weights"},
+    "info": {"assemble", "asked", "png", "runtime", "tokenizer_files", "weights"},
+    "assemble": {"asked", "components", "prompt", "runtime", "sampling", "tokenizer_files", "weights"},
+    "asked": {"runtime", "weights"},
+    "tokenizer_files": {"prompt", "weights"},
+    "drop_in": set(),
+    "hub_config": set(),
+    "cancel": set(),
+    "arguments": {"image"},
     "tasks": {"runtime", "request", "source", "sampling"},
     "runtime": {"model", "weights", "quantize", "sampling"},
-    "request": {"sampling", "source", "image"},
+    "request": {"arguments", "cancel", "sampling", "source", "image"},
     "source": {"image"},
     "model": {"ops"},
     "weights": {"ops"},
@@ -57,7 +71,7 @@ ONLY: Mapping[str, set[str]] = {
     "config": {"errors"},
     "errors": set(),
 }
-LAZY_UNITS: Mapping[str, set[str]] = {"fastldm": {"pipeline", "image", "sampling"}}
+LAZY_UNITS: Mapping[str, set[str]] = {"fastldm": {"pipeline", "image", "sampling", "cancel"}}
 
 # Other people's packages. Not named here: what pyproject.toml lists as needed at run time, without triton.
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml"}

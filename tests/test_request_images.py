@@ -17,7 +17,7 @@ import torch
 import fastldm
 from fastldm.config import SD15_UNET
 from fastldm.sampling import scheduler_config
-from tests.test_request import NO_INTEGER, NO_NUMBER, Awkward, checked, latents, pipeline
+from tests.test_request import NO_FLAG, NO_INTEGER, NO_NUMBER, Awkward, checked, latents, nested, pipeline
 
 SIDE = 64
 PICTURE = PIL.Image.new("RGB", (SIDE, SIDE), (200, 100, 50))
@@ -126,6 +126,7 @@ NO_PICTURE: list[Any] = [
     torch.zeros(0, 3, SIDE, SIDE),
     torch.zeros(1, 1, 3, SIDE, SIDE),
     torch.zeros(1, 1, 8192),
+    nested(3, SIDE, SIDE),
     # sizes
     PIL.Image.new("RGB", (0, 0)),
     PIL.Image.new("RGB", (SIDE, 0)),
@@ -234,6 +235,7 @@ NO_LATENTS: list[Any] = [
     torch.zeros(1, 4, 8, 8, dtype=torch.complex64),
     torch.empty(1, 4, 8, 8, device="meta"),
     torch.zeros(1, 4, 8, 8).to_sparse(),
+    nested(4, 8, 8),
 ]
 bad(["inpaint_9"], "masked_image_latents", NO_LATENTS, height=SIDE, width=SIDE)
 at_odds(["inpaint_9"], "masked_image_latents", {"masked_image_latents": latents(3, 4, 8, 8), "prompt": ["a", "b"]})
@@ -253,11 +255,21 @@ for value in (UNIT, [PICTURE], torch.zeros(3, SIDE, SIDE), PIL.Image.new("RGB", 
     if image is not value:
         at_odds(WITH_MASK, "mask_image", {"image": image, "mask_image": value, "padding_mask_crop": 4})
 
-NO_FLAG = [None, 0, 1, 0.0, "", "no", "True", b"", [], [True], {}, (), object(), Awkward()]
-NO_FLAG += [np.array([True, False]), np.array([]), torch.ones(2), torch.tensor(True), math.nan]
 bad(ALL, "overlay", NO_FLAG)
 bad(["text", "image", "instruct"], "overlay", [True, np.True_])
 at_odds(WITH_MASK, "overlay", {"overlay": True, "output_type": "latent"})
+
+NAMES = "callback_on_step_end_tensor_inputs"
+bad(["text", "image"], NAMES, [["mask"], ["masked_image_latents"], ["image_latents"]])
+bad(["inpaint"], NAMES, [["masked_image_latents"], ["image_latents"], ["latents", "masks"]])
+bad(["inpaint_9"], NAMES, [["image_latents"], "mask", ["image"]])
+bad(["instruct"], NAMES, [["negative_prompt_embeds"], ["mask"], "image_latents"])
+bad(ALL, "seed", [-1, 2.5, "7", [1, 2]])
+bad(ALL, "clip_skip", [-1, 12, "1"])
+bad(ALL, "cancel", [True, "no"])
+bad(ALL, "scheduler", ["eular", 7])
+bad(ALL, "prompt_embeds", [latents(1, 77, 768, value=math.nan), latents(1, 70, 24), "x"], prompt=None)
+bad(ALL, "negative_prompt_embeds", [latents(1, 77, 768, value=math.inf), latents(1, 70, 768), latents(2, 77, 768)])
 
 
 def test_there_are_enough_of_them() -> None:
@@ -406,9 +418,9 @@ EDGES: list[tuple[str, dict[str, Any], Check]] = [
         lambda r: r.masked_image_latents is not None,
     ),
     ("inpaint", {"latents": latents(1, 4, 8, 8), "height": 64, "width": 64}, lambda r: r.latents is not None),
-    ("instruct", {"image_guidance_scale": 0}, lambda r: r.image_guidance_scale == 0 and not r.guided),
-    ("instruct", {"image_guidance_scale": 100}, lambda r: r.image_guidance_scale == 100),
-    ("instruct", {"image_guidance_scale": None}, lambda r: r.image_guidance_scale == 1.5),
+    ("instruct", {"image_guidance_scale": 0}, lambda r: r.scales.image == 0 and r.scales.branches == 1),
+    ("instruct", {"image_guidance_scale": 100}, lambda r: r.scales.image == 100),
+    ("instruct", {"image_guidance_scale": None}, lambda r: r.scales.image == 1.5),
     ("text", {"timesteps": np.array([900, 500, 1])}, lambda r: r.timesteps == (900, 500, 1)),
     ("text", {"timesteps": torch.tensor([900])}, lambda r: r.steps == 1),
     ("text", {"sigmas": (14.0, 0.5)}, lambda r: r.sigmas == (14.0, 0.5)),

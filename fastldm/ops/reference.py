@@ -33,7 +33,7 @@ def _native_cpu_dtypes() -> frozenset[torch.dtype]:
     return frozenset(found | {torch.float32, torch.float64})
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     if x.device.type == "cpu" and x.dtype not in _native_cpu_dtypes():
         return torch.float32
     return x.dtype
@@ -148,7 +148,7 @@ def linear(
     act: Activation | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    dtype = _product_dtype(x)
+    dtype = product_dtype(x)
     y = _activate(F.linear(x.to(dtype), w.to(dtype), _to(b, dtype)), act)
     if residual is not None:
         y = y.add_(residual)
@@ -156,7 +156,7 @@ def linear(
 
 
 def geglu(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    dtype = _product_dtype(x)
+    dtype = product_dtype(x)
     value, gate = F.linear(x.to(dtype), w.to(dtype), b.to(dtype)).chunk(2, dim=-1)
     return F.gelu(gate).mul_(value).to(x.dtype)
 
@@ -175,7 +175,7 @@ def conv2d(
     w_phases: Tensor | None = None,
     want_stats: bool = False,
 ) -> tuple[Tensor, Stats | None]:
-    dtype = _product_dtype(x)
+    dtype = product_dtype(x)
     out_dtype = x.dtype
     x = _gathered(x, x2, upsample, pad).to(dtype)
     b, shift = _to(b, dtype), _to(shift, dtype)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastldm import config
 from fastldm.errors import ArgumentError, ConfigError, brief
@@ -18,6 +19,7 @@ from fastldm.model.vae import AutoencoderKL
 from fastldm.runtime.engine import Engine
 from fastldm.sampling.config import CLASSES
 from fastldm.weights.files import ModelFolder
+from fastldm.weights.header import TensorInfo
 from fastldm.weights.keymap import addresses
 from fastldm.weights.load import Tensors, fill, matched, skeleton
 from fastldm.weights.single import Part
@@ -77,11 +79,22 @@ def planned(component: str, part: Part | nn.Module) -> Any:
     translate, network = NETWORKS[component]
     if isinstance(part, Part):
         translated = translate(part.json, part.where)
-        return skeleton(lambda: network(translated))
+        return _remembering(skeleton(lambda: network(translated)), part.json)
     if not isinstance(part, network):
         reason = f"is of class {type(part).__name__}, and must be of {network.__name__}"
         raise ArgumentError(f"{component}: {reason}", field=component)
     return part
+
+
+def hub_json(network: nn.Module) -> Mapping[str, Any]:
+    """The configuration that a network was made from, in the hub's keys."""
+    found: Mapping[str, Any] = vars(network)["hub_json"]
+    return found
+
+
+def _remembering(network: Any, json: Mapping[str, Any]) -> Any:
+    network.hub_json = json
+    return network
 
 
 def opened(network: nn.Module, part: Part | nn.Module) -> Tensors | None:
@@ -101,6 +114,43 @@ def _filled(network: Any, tensors: Tensors | None, *, dtype: torch.dtype, device
         reason = f"is {weight.dtype} on {weight.device}, and shared as it is: {dtype} on {device} is needed"
         raise ArgumentError(f"the {type(network).__name__} {reason}", field="torch_dtype")
     return network
+
+
+def moved(engine: Engine, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Engine:
+    """The engine in another dtype, on another device, or both; None: as it is. `engine` itself where nothing changes.
+
+    `engine` is not changed, so that calls that run on it go on; networks that need not change are shared with it. Until
+    it is let go, both are in memory: the changed networks twice.
+    Raises `WeightsError` naming a tensor that is too large for `dtype`.
+    """
+    engine.check_process()
+    dtype, device = dtype or engine.dtype, device or engine.device
+    networks: dict[str, Any] = {name: getattr(engine, name) for name in RUN}
+    dtypes = dict.fromkeys(RUN, dtype) | {"vae": vae_dtype(engine.vae.config, dtype)}
+    found = {name: _converted(name, network, dtypes[name], device) for name, network in networks.items()}
+    same = all(found[name] is network for name, network in networks.items())
+    return engine if same else replace(engine, **found)
+
+
+def _converted(name: str, network: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    weight = next(network.parameters())
+    if (weight.dtype, weight.device) == (dtype, device):
+        return network
+    empty = _remembering(skeleton(lambda: type(network)(network.config)), hub_json(network))
+    return fill(empty, Held(name, network), dtype=dtype, device=device)
+
+
+class Held:
+    """The tensors of a network in memory, under the hub's names; `read` gives views."""
+
+    def __init__(self, where: str, network: nn.Module) -> None:
+        self.where, self._network, self._addresses = where, network, addresses(network)
+        tensors = {name: self.read(name) for name in self._addresses}
+        self.infos = {name: TensorInfo(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        address = self._addresses[name]
+        return self._network.get_parameter(address.parameter).detach()[address.start : address.stop]
 
 
 def vae_dtype(vae: config.VAEConfig, dtype: torch.dtype) -> torch.dtype:

@@ -139,19 +139,20 @@ class Plan:
         guidance: Guidance,
         modulation: Tensor,
         noise: Callable[[int], Tensor | None],
+        *,
+        begin: int = 0,
     ) -> Iterator[int]:
-        """Replays every row; yields the index of each row that ends a step, with the latents in `state[0]`.
+        """Replays every row from `begin` on; yields its index after each, with the latents in `state[0]`.
 
-        modulation: (R, M, Σ). noise: gives row r's, (B, C, H, W), or None where it draws none; called for r = 0, 1, ...
+        modulation: (R, M, Σ). noise: gives row r's, (B, C, H, W), or None where it draws none; called in their order.
         """
-        for r in range(table.rows):
-            if r % ROWS == 0:
+        for r in range(begin, table.rows):
+            if (r - begin) % ROWS == 0:
                 self.fill(slice(r, r + ROWS), table, guidance, modulation)
             if (drawn := noise(r)) is not None:
                 self.noise.copy_(drawn)
             self.replay()
-            if table.ends_step[r]:
-                yield r
+            yield r
 
     def fill(self, rows: slice, table: SamplerTable, guidance: Guidance, modulation: Tensor) -> None:
         """Brings one window of rows to the device's tables and sets the row counter to its beginning."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
-from fastldm.errors import ArgumentError
+from fastldm.errors import ArgumentError, brief
 from fastldm.sampling.config import ALGORITHMS, CLASSES, FLOW_KINDS, SchedulerConfig, scheduler_config
 
 # name: the hub's class, what differs from its defaults, one line for people.
@@ -113,7 +114,10 @@ def named(name: str, base: SchedulerConfig) -> SchedulerConfig:
     """
     known = samplers()
     if name not in known:
-        raise ArgumentError(f"scheduler = {name!r}: no such sampler; there are {', '.join(known)}", field="scheduler")
+        close = difflib.get_close_matches(name[:64].lower(), known, n=1)
+        meant = f"did you mean {close[0]!r}?" if close else f"such are {', '.join(list(NAMES)[:6])};"
+        reason = f"no such sampler; {meant} fastldm.samplers() has all {len(known)}"
+        raise ArgumentError(f"scheduler = {brief(name)}: {reason}", field="scheduler")
     stem, _, suffix = name.rpartition("_") if name.rpartition("_")[2] in CURVES else (name, "", "")
     hub, changes, _ = NAMES[stem]
     changes, keep = dict(changes), MODEL

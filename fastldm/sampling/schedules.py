@@ -185,6 +185,7 @@ class Grid:
     start: float = 1.0  # the noise's weight in a run from pure noise
     unit_input: bool = False  # whether the network sees x scaled to unit variance
     mix: Grid | None = None  # whose alpha and sigma an image is noised with, where they are not these
+    integers: bool = False  # whether the hub's class keeps its timesteps as integers
 
     @property
     def lam(self) -> Floats:
@@ -199,7 +200,7 @@ class Grid:
 def discrete_grid(config: SchedulerConfig, t: NDArray[np.int64]) -> Grid:
     """x = √ᾱ x0 + √(1 − ᾱ) ε at whole timesteps, ending in the image."""
     bar = alphas_cumprod(config).astype(np.float64)[t]
-    return Grid(t.astype(np.float64), np.append(bar**0.5, 1.0), np.append((1 - bar) ** 0.5, 0.0))
+    return Grid(t.astype(np.float64), np.append(bar**0.5, 1.0), np.append((1 - bar) ** 0.5, 0.0), integers=True)
 
 
 def own_timesteps(run: Run) -> NDArray[np.int64] | None:
@@ -353,7 +354,7 @@ def solver_grid(run: Run) -> Grid:
     sigmas, t = single(np.append(sigmas, last)), np.trunc(t)
     alpha = 1 - sigmas if flow else (sigmas**2 + 1) ** -0.5
     mix = discrete_grid(config, t.astype(np.int64)) if config.kind == "sa_solver" else None
-    return Grid(t, alpha, sigmas if flow else sigmas * alpha, mix=mix)
+    return Grid(t, alpha, sigmas if flow else sigmas * alpha, mix=mix, integers=True)
 
 
 def solver_flow_sigmas(run: Run) -> Floats:

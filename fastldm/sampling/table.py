@@ -40,7 +40,8 @@ class Brownian:
 class SamplerTable:
     """A sampler for one run: R rows, one for each call of the network; K slots of state. Arrays are float64."""
 
-    timesteps: Floats  # (R,): what the network is told; integers for most samplers
+    timesteps: Floats  # (R,): what the network is told
+    integers: bool  # whether the hub's class keeps its timesteps as integers
     in_scale: Floats  # (R,)
     a: Floats  # (R, K, K)
     b: Floats  # (R, K)
@@ -126,7 +127,9 @@ class Rows:
                 why = ": rescale_betas_zero_snr leaves no signal there" if config.rescale_betas_zero_snr else ""
                 raise ConfigError(f"{what} {where}{why}", field="prediction_type")
         start, image = (0.0, self.grid.start), self.grid.mixed(begin)
-        return SamplerTable(**columns, start=start, start_from_image=image, brownian=brownian)
+        return SamplerTable(
+            **columns, integers=self.grid.integers, start=start, start_from_image=image, brownian=brownian
+        )
 
 
 def predict(kind: str, alpha: float, sigma: float, y: Form, e: Form) -> tuple[Form, Form]:

@@ -84,10 +84,18 @@ def test_guidance_branches(model: UNet, weights: tuple[float, ...]) -> None:
     assert relative_error(plan.state[:1], expected) <= TOLERANCE
 
 
-def test_rows_that_end_a_step_are_yielded_and_no_others(model: UNet) -> None:
-    t = replace(table(7), ends_step=np.array([0, 1, 0, 0, 1, 1, 1], dtype=bool))
-    assert run(plan_for(model), model, t)[0] == [1, 4, 5, 6]
-    assert run(plan_for(model), model, table(3))[0] == [0, 1, 2]
+@pytest.mark.parametrize("begin", [1, ROWS, ROWS + 1])
+def test_a_run_continues_from_any_row(model: UNet, begin: int) -> None:
+    """A second run from `begin` on, on the first one's state, is the rest of the whole; tables are refilled there."""
+    t, whole, parts = table(ROWS + 3), plan_for(model), plan_for(model)
+    x, states, mods = torch.randn(1, 4, *SIZE), torch.randn(1, 5, 24), modulations(model, t)
+    for plan in (whole, parts):
+        plan.start(x, states=states)
+    assert list(whole.run(t, guidance(t.rows), mods, lambda r: x)) == list(range(t.rows))
+    first = parts.run(t, guidance(t.rows), mods, lambda r: x)
+    assert [next(first) for _ in range(begin)] == list(range(begin))
+    assert list(parts.run(t, guidance(t.rows), mods, lambda r: x, begin=begin)) == list(range(begin, t.rows))
+    assert torch.equal(whole.state, parts.state)
 
 
 def test_noise_is_drawn_where_the_table_says_in_order(model: UNet) -> None:

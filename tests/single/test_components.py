@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import fastldm
 from tests import oracle
-from tests.single.models import Sample, assert_same, converted, image, painted, rewritten, weights
+from tests.single.models import Sample, as_ckpt, assert_same, converted, image, painted, rewritten, weights
 from tests.tasks.conftest import noise_picture
 
 PREFIXES = {"vae": "first_stage_model.", "text_encoder": "cond_stage_model.", "unet": "model.diffusion_model."}
@@ -57,7 +57,7 @@ class TestMissing:
             "its folder": made.folder / component,
             "the model's folder, as a string": str(made.folder),
             "a module": getattr(made.ref, component),
-            "ours": getattr(made.fast()._engine, component),
+            "ours": getattr(made.fast(), component),
         }[way]
         pipe = fastldm.Pipeline(file, config=made.folder, **{component: value})
         assert_same(weights(pipe), weights(made.ref))
@@ -77,16 +77,17 @@ class TestMissing:
 def test_our_module_is_shared_and_not_copied(sample: Callable[..., Sample]) -> None:
     made = sample()
     first = made.fast()
-    second = made.fast(vae=first._engine.vae, text_encoder=first._engine.text_encoder)
-    assert second._engine.vae is first._engine.vae
-    assert second._engine.text_encoder is first._engine.text_encoder
+    second = made.fast(vae=first.vae, text_encoder=first.text_encoder, unet=first.unet, tokenizer=first.tokenizer)
+    for component in ("vae", "text_encoder", "unet"):
+        assert getattr(second, component).network is getattr(first, component).network
+    assert second.tokenizer.tokenizer.bpe is first.tokenizer.tokenizer.bpe
     assert torch.equal(image(second), image(first))
 
 
-@pytest.mark.parametrize("component", ["vae", "text_encoder"])
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
 def test_a_shared_module_of_another_dtype_is_refused(sample: Callable[..., Sample], component: str) -> None:
     made = sample()
-    shared = getattr(made.fast()._engine, component)
+    shared = getattr(made.fast(), component)
     with pytest.raises(fastldm.Error, match="bfloat16 on cpu is needed") as caught:
         made.fast(torch_dtype=torch.bfloat16, **{component: shared})
     assert caught.value.field == "torch_dtype"
@@ -142,6 +143,126 @@ def test_it_serves_a_folder_too(narrow: Sample) -> None:
     assert torch.equal(image(pipe), painted(narrow))
 
 
+# ---------------------------------------------------------------------------------- a U-Net in place of the model's own
+
+
+@pytest.mark.parametrize("way", ["its folder", "the model's folder", "a module", "a compiled module", "ours"])
+def test_a_unet_replaces_what_a_folder_and_a_file_have(sample: Callable[..., Sample], way: str) -> None:
+    made, other = sample(), sample("another")
+    value = {
+        "its folder": other.folder / "unet",
+        "the model's folder": str(other.folder),
+        "a module": other.ref.unet,
+        "a compiled module": torch.compile(other.ref.unet),
+        "ours": other.fast().unet,
+    }[way]
+    found = [made.fast(unet=value), fastldm.Pipeline(made.folder, unet=value)]
+    expected = {k: v for k, v in weights(other.ref).items() if k.startswith("unet")}
+    for pipe in found:
+        assert_same({k: v for k, v in weights(pipe).items() if k.startswith("unet")}, expected)
+    assert torch.equal(image(found[0]), image(found[1]))
+    assert not torch.equal(image(found[0]), painted(made))
+
+
+@pytest.mark.parametrize("kind", ["bare", "with its prefix", "a whole checkpoint"])
+def test_the_unet_of_a_file(narrow: Sample, tmp_path: Path, kind: str) -> None:
+    unet = narrow.file
+    if kind != "a whole checkpoint":
+        unet = only(PREFIXES["unet"], narrow, tmp_path / "unet.safetensors", keep=kind != "bare")
+    changed = Path(shutil.copytree(narrow.folder, tmp_path / "model"))
+    path = changed / "unet/diffusion_pytorch_model.safetensors"
+    save_file({name: 0.5 * tensor for name, tensor in load_file(path).items()}, path)
+    assert not torch.equal(image(fastldm.Pipeline(changed)), painted(narrow))
+    assert torch.equal(image(fastldm.Pipeline(changed, unet=unet)), painted(narrow))
+
+
+def test_the_unet_of_a_file_of_no_known_size(sample: Callable[..., Sample], tmp_path: Path) -> None:
+    """With the configuration of the folder that serves the model."""
+    made, other = sample(), sample("another")
+    unet = only(PREFIXES["unet"], other, tmp_path / "unet.safetensors", keep=False)
+    assert torch.equal(image(made.fast(unet=unet)), image(made.fast(unet=other.ref.unet)))
+
+
+def test_a_unet_that_does_not_fit_is_refused(sample: Callable[..., Sample]) -> None:
+    unet = diffusers.UNet2DConditionModel(**{**sample().ref.unet.config, "cross_attention_dim": 32})
+    with pytest.raises(fastldm.Error, match="cross_attention_dim = 32 must be 24"):
+        sample().fast(unet=unet)
+
+
+def test_a_tokenizer_with_more_words_than_the_text_encoder_is_refused(sample: Callable[..., Sample]) -> None:
+    tokenizer = oracle.tokenizer()
+    tokenizer.add_tokens(["<frog>"])
+    config = sample().ref.text_encoder.config
+    larger = transformers.CLIPTextModel(transformers.CLIPTextConfig(**{**config.to_dict(), "vocab_size": 521}))
+    other = sample().fast(tokenizer=tokenizer, text_encoder=larger)
+    with pytest.raises(fastldm.Error, match="has 521 tokens, and the text encoder 520") as caught:
+        sample().fast(tokenizer=other.tokenizer)
+    assert caught.value.field == "tokenizer"
+
+
+# ------------------------------------------------------------------------------------------------------- no pickles
+
+
+def pickled(made: Sample, out: Path, name: str) -> Path:
+    """The model's folder with the U-Net as a pickle of that name."""
+    folder = Path(shutil.copytree(made.folder, out))
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    path.unlink()
+    torch.save(tensors, folder / "unet" / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"])
+def test_pickles_in_a_folder_are_refused_where_that_is_asked_for(
+    sample: Callable[..., Sample], tmp_path: Path, name: str
+) -> None:
+    made = sample()
+    folder = pickled(made, tmp_path / "model", name)
+    for pipe in (lambda **o: fastldm.Pipeline(folder, **o), lambda **o: made.fast(unet=folder, **o)):
+        for value in (None, False):
+            assert_same(weights(pipe(use_safetensors=value)), weights(made.ref))
+        with pytest.raises(fastldm.Error, match=rf"unet/{name}: is a pickle") as caught:
+            pipe(use_safetensors=True)
+        assert caught.value.field == "use_safetensors"
+    assert_same(weights(fastldm.Pipeline(made.folder, use_safetensors=True)), weights(made.ref))
+
+
+def test_pickled_shards_are_refused_where_that_is_asked_for(sample: Callable[..., Sample], tmp_path: Path) -> None:
+    made = sample()
+    made.ref.save_pretrained(tmp_path / "model", max_shard_size="60KB")
+    assert_same(weights(fastldm.Pipeline(tmp_path / "model", use_safetensors=True)), weights(made.ref))
+    path = max((tmp_path / "model/unet").glob("*-of-*.safetensors"))
+    tensors = load_file(path)
+    path.unlink()
+    torch.save(tensors, path)
+    with pytest.raises(fastldm.Error, match=rf"{path.name}: is a pickle"):
+        fastldm.Pipeline(tmp_path / "model", use_safetensors=True)
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors"])
+def test_a_pickled_single_file_is_refused_where_that_is_asked_for(
+    sample: Callable[..., Sample], tmp_path: Path, name: str
+) -> None:
+    made = sample()
+    file = as_ckpt(made.file, tmp_path / name)
+    for pipe in (
+        lambda **o: fastldm.Pipeline(file, config=made.folder, **o),
+        lambda **o: made.fast(unet=file, **o),
+    ):
+        assert_same(weights(pipe()), weights(made.ref))
+        with pytest.raises(fastldm.Error, match=rf"{name}: is a pickle") as caught:
+            pipe(use_safetensors=True)
+        assert caught.value.field == "use_safetensors"
+    assert_same(weights(made.fast(use_safetensors=True)), weights(made.ref))
+
+
+def test_a_wish_that_is_none_is_refused(sample: Callable[..., Sample]) -> None:
+    with pytest.raises(fastldm.Error, match="must be True, False or None") as caught:
+        sample().fast(use_safetensors="yes")
+    assert caught.value.field == "use_safetensors"
+
+
 # --------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -154,8 +275,23 @@ REFUSED: dict[str, tuple[str, Callable[[Sample], Any], str]] = {
     "the tiny autoencoder": ("vae", lambda made: diffusers.AutoencoderTiny(), "_class_name = 'AutoencoderTiny'"),
     "the VAE as text encoder": ("text_encoder", lambda made: made.ref.vae, "'AutoencoderKL' is not supported"),
     "a module without configuration": ("vae", lambda made: torch.nn.Linear(2, 2), "a Linear has no configuration"),
-    "our U-Net": ("vae", lambda made: made.fast()._engine.unet, "is of class UNet, and must be"),
-    "our VAE as text encoder": ("text_encoder", lambda made: made.fast()._engine.vae, "must be of TextEncoder"),
+    "our U-Net": ("vae", lambda made: made.fast().unet, "is of class UNet, and must be"),
+    "our VAE as text encoder": ("text_encoder", lambda made: made.fast().vae, "must be of TextEncoder"),
+    "our VAE as U-Net": ("unet", lambda made: made.fast().vae, "is of class AutoencoderKL, and must be of UNet"),
+    "our text encoder as tokenizer": ("tokenizer", lambda made: made.fast().text_encoder, "not TextEncoderView"),
+    "a number as U-Net": ("unet", lambda made: 3, "must be a path, a module .*, not int"),
+    "the VAE of diffusers as U-Net": ("unet", lambda made: made.ref.vae, "_class_name = 'AutoencoderKL'"),
+    "the VAE's folder as U-Net": ("unet", lambda made: made.folder / "vae", "_class_name = 'AutoencoderKL'"),
+    "a U-Net's file in diffusers' layout": (
+        "unet",
+        lambda made: made.folder / "unet/diffusion_pytorch_model.safetensors",
+        "is a U-Net in diffusers' layout",
+    ),
+    "an autoencoder's file as U-Net": (
+        "unet",
+        lambda made: made.folder / "vae/diffusion_pytorch_model.safetensors",
+        "is an autoencoder",
+    ),
     "the text encoder's folder": ("vae", lambda made: made.folder / "text_encoder", r"text_encoder/config.json: archi"),
     "the VAE's folder": ("text_encoder", lambda made: made.folder / "vae", "hidden_size"),
     "an autoencoder's file as text encoder": (

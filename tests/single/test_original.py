@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import fastldm
+from fastldm.surface import geometry
 from tests.single.models import Sample, image, painted, rewritten, weights
 from tests.single.narrow import UNET, WIDTH
 from tests.single.narrow import narrow as make
@@ -65,7 +66,7 @@ def test_a_file_of_a_known_family_needs_no_configuration(narrow: Sample, tmp_pat
     assert weights(pipe).keys() == weights(narrow.ref).keys()
     assert pipe.scheduler.config["_class_name"] == "PNDMScheduler"
     assert torch.equal(image(pipe), image(folder))
-    assert pipe._geometry() == folder._geometry()
+    assert geometry(pipe._engine, pipe._tokenizer) == geometry(folder._engine, folder._tokenizer)
 
 
 def test_heads_in_a_yaml_beside_the_file(narrow: Sample, tmp_path: Path) -> None:
