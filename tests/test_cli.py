@@ -1,4 +1,4 @@
-"""The command line: `fastldm convert`, `fastldm info`, their errors in one line, and Ctrl-C."""
+"""The command line: `fastldm convert`, `fastldm info`, their errors in one line, and Ctrl-C. Others: test_cli_*.py."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from fastldm.cli import main
+from fastldm.signals import WORDS
 from tests.single import models
 from tests.single.models import KINDS, Sample, as_ckpt, rewritten
 from tests.single.narrow import narrow as make_narrow
@@ -170,7 +171,8 @@ def test_a_path_with_a_new_line_stays_in_one(tmp_path: Path) -> None:
 
 USAGE = {
     "an unknown option": ["convert", "a", "b", "--fast"],
-    "an unknown command": ["paint", "a"],
+    "a mistyped command": ["infos"],
+    "an unknown shell": ["completion", "csh"],
     "an unknown dtype": ["convert", "a", "b", "--dtype", "int8"],
     "no OUT": ["convert", "a"],
     "no model": ["info"],
@@ -185,7 +187,10 @@ def test_wrong_use_is_exit_code_2(words: list[str]) -> None:
     assert "Usage: " in result.stderr
 
 
-@pytest.mark.parametrize("words", [["--help"], ["-h"], ["convert", "--help"], ["info", "-h"]])
+HELP = [["--help"], ["-h"], *([name, "--help"] for name in main.commands)]
+
+
+@pytest.mark.parametrize("words", HELP, ids=" ".join)
 def test_help(words: list[str]) -> None:
     result = run(*words)
     assert result.exit_code == 0
@@ -212,7 +217,7 @@ def test_a_process_fails_in_one_line() -> None:
     assert done.stderr == "fastldm: nowhere.safetensors is missing\n"
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["convert", "--help"], ["info"]])
+@pytest.mark.parametrize("words", [*HELP, ["--version"], ["info"], ["a cat", "--fast"]], ids=" ".join)
 def test_help_comes_at_once(words: list[str]) -> None:
     """Without torch, which takes seconds to import."""
     code = (
@@ -227,25 +232,31 @@ def test_help_comes_at_once(words: list[str]) -> None:
     assert done.stdout.splitlines()[-1] == "loaded"
 
 
-def test_ctrl_c_leaves_nothing(made: Sample, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_being_stopped_leaves_nothing(made: Sample, tmp_path: Path, number: signal.Signals) -> None:
     """In the middle of a conversion, of a model that takes a while."""
     source = larger(made, tmp_path / "source")
     out = tmp_path / "out"
     out.mkdir()
     for name in ("folder", "file.safetensors"):
         words = [sys.executable, "-m", "fastldm", "convert", str(source), str(out / name), "--dtype", "fp32"]
-        running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
         deadline = time.monotonic() + 60
         while not written(out) and running.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
         assert running.poll() is None, "it was too quick to be interrupted"
-        running.send_signal(signal.SIGINT)
+        running.send_signal(number)
         stdout, stderr = running.communicate(timeout=60)
-        assert running.returncode == 130
+        assert running.returncode == 128 + number
         assert stdout == ""
-        assert stderr.splitlines()[-1] == "fastldm: interrupted"
+        assert stderr.splitlines()[-1] == f"fastldm: {WORDS[number]}"
         assert "Traceback" not in stderr
         assert not os.listdir(out)
+
+
+def heard() -> None:
+    """Ctrl-C is on, also where the tests run in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def larger(made: Sample, folder: Path) -> Path:
