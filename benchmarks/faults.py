@@ -1,19 +1,23 @@
-"""What becomes of bad input: fastldm beside diffusers, on the same files, each outcome decided by a rule.
+"""What becomes of bad input: fastldm beside diffusers, each outcome decided by a rule.
 
-    python benchmarks/faults.py                                    # all cases, both engines: the table, some minutes
+    python benchmarks/faults.py                                    # all cases, both engines: the tables, some minutes
+    python benchmarks/faults.py --section arguments                # one table
     python benchmarks/faults.py --engine fastldm --only F25        # the cases of a fault, or with that in their names
-    python benchmarks/faults.py --json row.json --write docs/reliability.md
+    python benchmarks/faults.py --section files --json row.json --write docs/reliability.md
 
-Each case of `fault_cases.py` damages a fresh copy of a tiny model. Each engine opens it in a process of its own and
-paints two steps. The outcome is one of
+Files: each case of `fault_cases.py` damages a fresh copy of a tiny model. Each engine opens it in a process of its own
+and paints two steps. Arguments: each case of `argument_cases.py` is one call of a tiny model that is loaded already,
+in a process of its own. Threads: each trial of `thread_cases.py` uses a loaded model as programs do, with many calls at
+once, cancelled or disturbed. The outcome is one of
 
-- handled: the image of the undamaged model, bit for bit, where loading is right;
-- clear: an error whose message says what is damaged (the file, component, key or tensor) and why: it has one of the
-  case's names and one of its words, in any case of letters. The message is the text of the error and of those that it
-  was raised from; what stands in a traceback as "during handling ..." is not;
-- unclear: any other error; also one where loading is right;
-- silent: an image although the file is bad, another image than the right one, or code of the file that was run;
-- hang: no end within 20 seconds, or more than 2 GiB of memory beyond what the process had;
+- handled: the right image, bit for bit, where there is one;
+- clear: an error whose message says what is wrong (the file, component, key, tensor or argument) and why: it has one of
+  the case's names and one of its words, in any case of letters. The message is the text of the error and of those that
+  it was raised from; what stands in a traceback as "during handling ..." is not;
+- unclear: any other error; also one where loading or painting is right;
+- silent: an image although the input is bad, another image than the right one, or code of the file that was run;
+- hang: no end within 20 seconds (300 for trials of hundreds of calls), or more than 2 GiB of memory beyond what the
+  process had;
 - crash: the process is gone without an answer.
 """
 
@@ -35,20 +39,16 @@ if __name__ == "__main__":  # before the libraries are imported, which takes sec
 
 import argparse
 import contextlib
-import faulthandler
 import hashlib
 import logging
-import multiprocessing
 import shutil
-import statistics
 import tempfile
-import time
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -59,21 +59,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 try:
     import fastldm
+    from benchmarks import thread_cases
+    from benchmarks.argument_bench import ArgumentBench
+    from benchmarks.argument_cases import ARGUMENTS
     from benchmarks.damage import CANARY, CHECKPOINT, CKPT, FOLDER, copy_good, make_good, nothing
     from benchmarks.fault_cases import FILES, Case
+    from benchmarks.thread_cases import RUNNING, RunningBench
 except ImportError as error:
     sys.exit(f"{error}: install the checkout first, with: pip install -c constraints.txt -e .[test]")
 
 from benchmarks.harness import machine, save
+from benchmarks.outcomes import GOOD, MEMORY, OUTCOMES, SECONDS, AnyCase, Row, ending, row
 
-SECONDS, MEMORY = 20.0, 2 << 30
-POLL = 0.01
-OUTCOMES = ("handled", "clear", "unclear", "silent", "hang", "crash")
-GOOD = ("handled", "clear")
-LONGEST = 20_000  # characters of a message that are read
 FURTHER = ("safetensors", "tokenizers", "accelerate", "huggingface_hub")  # versions beside those of every benchmark
-Attempt = Callable[[], str]
-"""Does something that may fail, and returns what marks the result."""
 
 
 # ---------------------------------------------------------------------------------------------------------- the engines
@@ -109,128 +107,7 @@ def painted(engine: str, case: Case, at: Path, good: Path) -> str:
     return hashlib.sha256(np.asarray(images).tobytes()).hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------------ a process
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How an attempt ended. result: what it returned. message: of its error; traceback: all that a traceback shows."""
-
-    seconds: float
-    result: str | None = None
-    error: str | None = None
-    message: str = ""
-    traceback: str = ""
-    stopped: str | None = None
-    died: str | None = None
-
-
-def ending(attempt: Attempt, *, seconds: float = SECONDS, memory: int = MEMORY) -> Ending:
-    """Runs the attempt in a process of its own, which has the modules of this one, and watches it."""
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking: this process runs no threads of torch
-        process = context.Process(target=_child, args=(attempt, theirs, seconds), daemon=True)
-        start = time.perf_counter()
-        process.start()
-    theirs.close()
-    try:
-        before = _resident(process.pid)
-        while not ours.poll(POLL):
-            if time.perf_counter() - start > seconds:
-                return Ending(seconds, stopped=f"no end in {seconds:g} s")
-            if _resident(process.pid) - before > memory:
-                return Ending(time.perf_counter() - start, stopped=f"more than {memory / 2**30:g} GiB of memory")
-        return Ending(**ours.recv())
-    except EOFError:
-        process.join()
-        return Ending(time.perf_counter() - start, died=_death(process.exitcode))
-    finally:
-        process.kill()
-        process.join()
-        ours.close()
-
-
-def _child(attempt: Attempt, pipe: Connection, seconds: float) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent has it, too, and ends this process
-    signal.alarm(int(seconds) + 10)  # where the parent itself is gone
-    faulthandler.disable()
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
-    torch.set_num_threads(1)
-    start = time.perf_counter()
-    try:
-        answer: dict[str, Any] = {"result": attempt()}
-    except BaseException as error:
-        answer = {
-            "error": type(error).__name__,
-            "message": "\n".join(str(e)[:LONGEST] for e in _chain(error, contexts=False)),
-            "traceback": "\n".join(str(e)[:LONGEST] for e in _chain(error, contexts=True)),
-        }
-    pipe.send({"seconds": time.perf_counter() - start, **answer})
-
-
-def _chain(error: BaseException, *, contexts: bool) -> Iterator[BaseException]:
-    """The error, what it was raised from, and with `contexts` what was being handled when it was raised."""
-    found: BaseException | None = error
-    while found is not None:
-        yield found
-        shown = contexts and not found.__suppress_context__
-        found = found.__cause__ or (found.__context__ if shown else None)
-
-
-def _resident(pid: int | None) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError):
-        return 0
-
-
-def _death(code: int | None) -> str:
-    return signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
-
-
-# ---------------------------------------------------------------------------------------------------------- the outcome
-
-
-@dataclass(frozen=True)
-class Row:
-    """One case of one engine. in_traceback: an unclear error whose traceback has the words of a clear one."""
-
-    outcome: str
-    seconds: float
-    said: str
-    in_traceback: bool = False
-
-
-def row(case: Case, end: Ending, *, image: str, ran: bool = False, at: str = "") -> Row:
-    """image: the undamaged model's. ran: whether code of the file was run. at: where the files are, left out."""
-    if end.died is not None:
-        return Row("crash", end.seconds, end.died)
-    if ran:
-        return Row("silent", end.seconds, "code of the file was run")
-    if end.stopped is not None:
-        return Row("hang", end.seconds, end.stopped)
-    if end.error is None:
-        same = end.result == image
-        handled = same and case.right != "refuse"
-        return Row("handled" if handled else "silent", end.seconds, f"{'the same' if same else 'another'} image")
-    message, traceback = (text.replace(f"{at}/", "") for text in (end.message, end.traceback))
-    said = f"{end.error}: {message}"
-    if says(case, message):
-        return Row("clear", end.seconds, said[:400])
-    return Row("unclear", end.seconds, said[:400], in_traceback=says(case, traceback))
-
-
-def says(case: Case, message: str) -> bool:
-    """Whether a message says what is damaged and why."""
-    text = message.lower()
-    return all(any(word.lower() in text for word in words) for words in (case.called, case.says))
-
-
-class Bench:
+class FileBench:
     """The good files and their images, in a folder of its own that `close` removes."""
 
     def __init__(self, engines: Sequence[str]) -> None:
@@ -248,7 +125,7 @@ class Bench:
     def close(self) -> None:
         shutil.rmtree(self._root)
 
-    def __enter__(self) -> Bench:
+    def __enter__(self) -> FileBench:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -278,18 +155,10 @@ class Bench:
 # ----------------------------------------------------------------------------------------------------------- the report
 
 
-@dataclass(frozen=True)
-class Section:
-    """One table of the page, between two marks that name it."""
-
-    name: str
-    cases: Sequence[Case]
+Rows = Sequence[dict[str, Any]]
 
 
-SECTIONS = (Section("files", FILES),)
-
-
-def summary(rows: Sequence[dict[str, Any]], engines: Sequence[str]) -> str:
+def summary(rows: Rows, engines: Sequence[str], *, p99: bool = False) -> str:
     lines = [f"| of {len(rows)} cases | {' | '.join(engines)} |", "|---|" + "---|" * len(engines)]
     counts = {engine: Counter(r[engine]["outcome"] for r in rows) for engine in engines}
     lines += [f"| {kind} | {' | '.join(str(counts[e][kind]) for e in engines)} |" for kind in OUTCOMES]
@@ -297,10 +166,12 @@ def summary(rows: Sequence[dict[str, Any]], engines: Sequence[str]) -> str:
     times = {e: [r[e]["seconds"] for r in rows if r[e]["outcome"] in ("clear", "unclear")] for e in engines}
     lines.append(f"| unclear, but with the words in its traceback | {' | '.join(str(chained[e]) for e in engines)} |")
     lines.append(f"| median time to an error | {' | '.join(_took(times[e]) for e in engines)} |")
+    if p99:
+        lines.append(f"| 99th percentile of it | {' | '.join(_took(times[e], 99) for e in engines)} |")
     return "\n".join(lines)
 
 
-def table(rows: Sequence[dict[str, Any]], engines: Sequence[str]) -> str:
+def table(rows: Rows, engines: Sequence[str]) -> str:
     lines = [f"| fault | what is wrong | right | {' | '.join(engines)} |", "|---|---|---|" + "---|" * len(engines)]
     for r in rows:
         name = r["name"].replace("|", "\\|").replace("<", "\\<")
@@ -313,15 +184,35 @@ def _cell(found: dict[str, Any]) -> str:
     return f"{word if word in GOOD else f'**{word}**'}, {_took([found['seconds']])}"
 
 
-def _took(times: Sequence[float]) -> str:
+def _took(times: Sequence[float], percentile: float = 50) -> str:
     if not times:
         return "none"
-    seconds = statistics.median(times)
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
+    seconds = float(np.percentile(times, percentile))
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.{int(seconds < 0.001)}f} ms"
 
 
-def markdown(rows: Sequence[dict[str, Any]], engines: Sequence[str]) -> str:
-    return f"{summary(rows, engines)}\n\n{table(rows, engines)}"
+@dataclass(frozen=True)
+class Section:
+    """One table of the page, between two marks that name it.
+
+    bench: for the engines that are asked for, where `run(case, engine)` gives a row. summary, table: of the rows.
+    """
+
+    name: str
+    cases: Sequence[AnyCase]
+    bench: Callable[[Sequence[str]], AbstractContextManager[Any]]
+    summary: Callable[[Rows, Sequence[str]], str] = summary
+    table: Callable[[Rows, Sequence[str]], str] = table
+
+
+SECTIONS = {
+    section.name: section
+    for section in (
+        Section("files", FILES, FileBench),
+        Section("arguments", ARGUMENTS, ArgumentBench, partial(summary, p99=True)),
+        Section("threads", RUNNING, RunningBench, thread_cases.summary, thread_cases.table),
+    )
+}
 
 
 def rewritten(page: str, section: str, text: str) -> str:
@@ -348,7 +239,8 @@ def versions() -> dict[str, str | None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What becomes of bad files: fastldm beside diffusers.")
+    parser = argparse.ArgumentParser(description="What becomes of bad input: fastldm beside diffusers.")
+    parser.add_argument("--section", choices=list(SECTIONS), action="append", help="repeatable (default: all)")
     parser.add_argument("--only", action="append", help="a fault (F25), or a part of the cases' names; repeatable")
     parser.add_argument("--engine", choices=list(ENGINES), action="append", help="repeatable (default: both)")
     parser.add_argument("--json", type=Path, help="write all rows, with what was said, to this file")
@@ -358,63 +250,72 @@ def main() -> None:
     )
     args = parser.parse_args()
     engines = [name for name in ENGINES if name in (args.engine or ENGINES)]
-    chosen = {section.name: _chosen(section.cases, args.only) for section in SECTIONS}
+    sections = [section for name, section in SECTIONS.items() if name in (args.section or SECTIONS)]
     for word in args.only or ():
-        if not any(_chosen(section.cases, [word]) for section in SECTIONS):
-            parser.error(f"--only {word}: no case has it; faults are F01 to F44, and names such as {FILES[0].name!r}")
+        if not any(_chosen(section.cases, [word]) for section in sections):
+            names = ", ".join(f"{s.name}: {s.cases[0].fault} to {s.cases[-1].fault}" for s in sections)
+            parser.error(f"--only {word}: no case has it; there are {names}, and parts of names")
     if args.write and (args.only or len(engines) < len(ENGINES)):
         parser.error("--write: the page is of all cases and both engines: leave out --only and --engine")
     if args.write and not args.write.is_file():
         parser.error(f"--write {args.write}: is no file")
+    if args.write:
+        try:
+            for section in sections:
+                rewritten(args.write.read_text(encoding="utf-8"), section.name, "")
+        except ValueError as error:
+            parser.error(f"--write {args.write}: {error}")
     if args.json and not args.json.absolute().parent.parent.is_dir():
         parser.error(f"--json {args.json}: there is no folder for it")
+    chosen = {section.name: found for section in sections if (found := _chosen(section.cases, args.only))}
     try:
-        sections = measured(chosen, engines)
+        rows = measured(chosen, engines)
     except KeyboardInterrupt:
         sys.exit("stopped; the temporary files are removed")
-    report(sections, engines, args)
+    report(rows, engines, args)
 
 
-def _chosen(cases: Sequence[Case], only: Sequence[str] | None) -> list[Case]:
+def _chosen(cases: Sequence[AnyCase], only: Sequence[str] | None) -> list[AnyCase]:
     return [c for c in cases if only is None or any(w == c.fault or w.lower() in c.name.lower() for w in only)]
 
 
-def measured(chosen: dict[str, list[Case]], engines: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+def measured(chosen: dict[str, list[AnyCase]], engines: Sequence[str]) -> dict[str, Rows]:
     torch.set_num_threads(1)
     logging.disable()
-    found: dict[str, list[dict[str, Any]]] = {}
     interrupted: list[int] = []
 
     def interrupt(number: int, _: object) -> None:
         interrupted.append(number)  # a fork's own handlers may swallow the exception
         raise KeyboardInterrupt
 
+    def compared(bench: Any, case: AnyCase) -> dict[str, Any]:
+        if interrupted:
+            raise KeyboardInterrupt
+        each = {engine: asdict(bench.run(case, engine)) for engine in engines}
+        cells = "  ".join(f"{e}: {_cell(each[e]).replace('*', ''):18}" for e in engines)
+        print(f"{case.fault}  {case.name[:60]:60}  {case.right:6}  {cells}", flush=True)
+        return {"fault": case.fault, "name": case.name, "right": case.right, **each}
+
     signal.signal(signal.SIGINT, interrupt)
-    with Bench(engines) as bench:
-        for section, cases in chosen.items():
-            rows = found[section] = []
-            for case in cases:
-                if interrupted:
-                    raise KeyboardInterrupt
-                each = {engine: asdict(bench.run(case, engine)) for engine in engines}
-                rows.append({"fault": case.fault, "name": case.name, "right": case.right, **each})
-                cells = "  ".join(f"{e}: {_cell(each[e]).replace('*', ''):18}" for e in engines)
-                print(f"{case.fault}  {case.name[:60]:60}  {case.right:6}  {cells}", flush=True)
+    found: dict[str, Rows] = {}
+    for name, cases in chosen.items():
+        with SECTIONS[name].bench(engines) as bench:
+            found[name] = [compared(bench, case) for case in cases]
     return found
 
 
-def report(sections: dict[str, list[dict[str, Any]]], engines: Sequence[str], args: argparse.Namespace) -> None:
+def report(found: dict[str, Rows], engines: Sequence[str], args: argparse.Namespace) -> None:
     here = machine()
     here["versions"] |= {package: version or "not installed" for package, version in versions().items()}
-    texts = {name: f"{conditions(here)}\n\n{markdown(rows, engines)}" for name, rows in sections.items()}
-    for name, rows in sections.items():
-        print(f"\n{texts[name] if args.markdown else summary(rows, engines)}")
+    page = args.write.read_text(encoding="utf-8") if args.write else ""
+    for name, rows in found.items():
+        head, table = SECTIONS[name].summary(rows, engines), SECTIONS[name].table(rows, engines)
+        text = f"{conditions(here)}\n\n{head}\n\n{table}"
+        print(f"\n{name}\n\n{text if args.markdown else head}")
+        page = rewritten(page, name, text) if args.write else ""
     if args.json:
-        save({"machine": here, "seconds": SECONDS, "memory": MEMORY, "sections": sections}, args.json)
+        save({"machine": here, "seconds": SECONDS, "memory": MEMORY, "sections": found}, args.json)
     if args.write:
-        page = args.write.read_text(encoding="utf-8")
-        for name, text in texts.items():
-            page = rewritten(page, name, text)
         args.write.write_text(page, encoding="utf-8")
 
 

@@ -21,6 +21,14 @@ NEEDED = {  # where there is no model, and what each may be
     "tokenizer": "a folder with its files, one of transformers, or that of another Pipeline",
     "scheduler": "one of diffusers, a pair of its class and configuration, or that of another Pipeline",
 }
+_NONE = type(None)
+_KINDS: tuple[tuple[tuple[str, ...], tuple[type, ...], str], ...] = (
+    (("model", "config", "original_config", "cache_dir"), (str, os.PathLike, _NONE), "a path"),
+    (("variant", "revision", "prediction_type"), (str, _NONE), "a string"),
+    (("token",), (str, bool, _NONE), "a string, True, False or None"),
+    (("local_files_only", "extract_ema"), (bool,), "True or False"),
+    (("use_safetensors",), (bool, _NONE), "True, False or None"),
+)
 
 
 @dataclass(frozen=True)
@@ -48,18 +56,13 @@ class Asked:
     use_safetensors: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("model", "config", "original_config", "cache_dir"):
-            value = getattr(self, name)
-            if not isinstance(value, str | os.PathLike | None):
-                raise ArgumentError(f"{name} = {brief(value)}: must be a path", field=name)
+        for names, kinds, what in _KINDS:
+            for name in names:
+                if not isinstance(value := getattr(self, name), kinds):
+                    shown = "" if name == "token" else f" = {brief(value)}"  # a secret
+                    raise ArgumentError(f"{name}{shown}: must be {what}", field=name)
         if self.model is None and all(getattr(self, name) is None for name in NEEDED):
             raise ArgumentError(f"model = None: must be a path; without one, pass {', '.join(NEEDED)}", field="model")
-        if self.extract_ema not in (True, False):
-            reason = f"extract_ema = {brief(self.extract_ema)}: must be True or False"
-            raise ArgumentError(reason, field="extract_ema")
-        if self.use_safetensors not in (None, True, False):
-            reason = f"use_safetensors = {brief(self.use_safetensors)}: must be True, False or None"
-            raise ArgumentError(reason, field="use_safetensors")
 
     @property
     def path(self) -> str:

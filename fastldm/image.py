@@ -18,6 +18,7 @@ MAX_COUNT = 16  # images of one argument: one for each prompt
 Images = list[PIL.Image.Image] | NDArray[np.float32] | Tensor
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")
 
 # ------------------------------------------------------------------------------------------------------------------ out
 
@@ -127,6 +128,8 @@ def load(image: PIL.Image.Image, name: str) -> None:
         raise ArgumentError(f"{name}: is {image.width}×{image.height}, holds no pixels", field=name)
     if image.mode == "F":
         raise ArgumentError(f"{name}: has mode 'F', whose range is not known; pass an array in 0..1", field=name)
+    if image.mode not in EIGHT_BIT + SIXTEEN_BIT:
+        raise ArgumentError(f"{name}: has mode {image.mode!r}, must be one of {', '.join(EIGHT_BIT)}", field=name)
     try:
         image.load()
     except (OSError, ValueError, SyntaxError) as error:  # a file that is cut off, closed, or damaged

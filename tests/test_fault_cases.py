@@ -1,4 +1,4 @@
-"""The table of bad files: its rule gives each outcome its class, and a sample of its cases ends well with fastldm."""
+"""The tables of bad input: the rule gives each outcome its class, and a sample of the cases ends well with fastldm."""
 
 from __future__ import annotations
 
@@ -14,30 +14,46 @@ from typing import NoReturn
 import pytest
 
 from benchmarks import faults
+from benchmarks.argument_bench import USUAL, ArgumentBench
+from benchmarks.argument_cases import ARGUMENTS, Call
 from benchmarks.damage import CHECKPOINT, UNET, nothing
 from benchmarks.fault_cases import FILES, Case
-from benchmarks.faults import Bench, Row, ending, markdown, rewritten, row
+from benchmarks.faults import SECTIONS, FileBench, rewritten, summary, table
+from benchmarks.outcomes import GOOD, AnyCase, Ending, Row, ending, row
 
 IMAGE = "the right image"
 REFUSE = Case("F01", "a cut file", UNET, nothing, ("truncated", "incomplete"))
 SAME = Case("F19", "a file rewritten later", UNET, nothing, right="same")
 SAMPLE = random.Random(44).sample([case for case in FILES if case.fault not in ("F04", "F40")], 25)
+CALLS = random.Random(24).sample(ARGUMENTS, 15)
 
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
-    with Bench(["fastldm"]) as made:
+def bench() -> Iterator[FileBench]:
+    with FileBench(["fastldm"]) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def calls() -> Iterator[ArgumentBench]:
+    with ArgumentBench(["fastldm"]) as made:
         yield made
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=[f"{case.fault} {case.name}" for case in SAMPLE])
-def test_our_outcome_is_clear_or_handled(bench: Bench, case: Case) -> None:
+def test_our_outcome_is_clear_or_handled(bench: FileBench, case: Case) -> None:
     found = bench.run(case, "fastldm")
-    assert found.outcome in faults.GOOD, found
+    assert found.outcome in GOOD, found
+
+
+@pytest.mark.parametrize("case", CALLS, ids=[f"{case.fault} {case.name}" for case in CALLS])
+def test_our_outcome_of_a_call_is_clear_or_handled(calls: ArgumentBench, case: Call) -> None:
+    found = calls.run(case, "fastldm")
+    assert found.outcome in GOOD, found
 
 
 def test_nothing_is_left_behind() -> None:
-    with Bench([]) as made:
+    with FileBench([]) as made:
         root = made.good.parent
         assert (made.good / CHECKPOINT).exists()
     assert not root.exists()
@@ -46,7 +62,7 @@ def test_nothing_is_left_behind() -> None:
 # ------------------------------------------------------------------------------------------------------------ the rule
 
 
-def classed(case: Case, attempt: Callable[[], str], **limits: float) -> Row:
+def classed(case: AnyCase, attempt: Callable[[], str], **limits: float) -> Row:
     return row(case, ending(attempt, **limits), image=IMAGE, at="/tmp/x")
 
 
@@ -98,6 +114,25 @@ def test_no_end_is_a_hang() -> None:
     assert time.perf_counter() - start < 5
 
 
+def test_preparing_has_no_share_in_time_or_memory() -> None:
+    def prepare() -> bytes:
+        time.sleep(0.5)
+        return b"x" * (300 << 20)
+
+    def attempt(made: bytes) -> str:
+        time.sleep(0.05)  # long enough for its memory to be looked at
+        return str(len(made))
+
+    end = ending(attempt, prepare=prepare, seconds=0.4, memory=256 << 20)
+    assert (end.result, end.stopped) == (str(300 << 20), None)
+    assert 0.05 <= end.seconds < 0.4
+
+
+def test_what_cannot_be_prepared_is_no_outcome() -> None:
+    with pytest.raises(RuntimeError, match="RuntimeError: no model"):
+        ending(lambda _: "an image", prepare=failing("no model"))
+
+
 def test_unbounded_memory_is_a_hang() -> None:
     def grow() -> str:
         kept = []
@@ -131,6 +166,34 @@ def test_the_cases_cover_every_fault_and_say_what_is_right() -> None:
         assert case.called
 
 
+def test_the_calls_cover_every_fault_and_say_what_is_right() -> None:
+    assert {case.fault for case in ARGUMENTS} == {f"A{number:02}" for number in range(1, 25)}
+    assert len({(case.fault, case.name) for case in ARGUMENTS}) == len(ARGUMENTS) >= 100
+    for case in ARGUMENTS:
+        assert case.right in ("refuse", "accept", "either")
+        assert bool(case.says) == (case.right != "accept"), case.name
+        assert case.called
+        assert case.like is None or case.right != "refuse", case.name
+
+
+def test_a_call_is_right_by_the_image_of_its_like(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the image is the prompt."""
+    monkeypatch.setattr(ArgumentBench, "_ending", lambda *args: Ending(0.1, result=args[3]["prompt"]))
+    bench = object.__new__(ArgumentBench)
+
+    def outcome(right: str, prompt: str, like: str | None = None) -> str:
+        equal = None if like is None else {"prompt": like}
+        case = Call("A01", "", "text_to_image", {"prompt": prompt}, ("height",), ("integer",), right, equal)
+        return bench.run(case, "fastldm").outcome
+
+    assert outcome("accept", "a cat", like="a cat") == outcome("either", "a cat", like="a cat") == "handled"
+    assert outcome("accept", "a cat", like="a dog") == outcome("either", "a cat", like="a dog") == "silent"
+    assert outcome("accept", f"{USUAL}a cat") == outcome("either", f"{USUAL}a cat") == "handled"
+    assert outcome("accept", "(1, 32, 64, 3), finite, a cat") == "silent"
+    assert outcome("accept", USUAL.replace("finite", "not finite")) == "silent"
+    assert outcome("refuse", f"{USUAL}a cat") == "silent"
+
+
 def test_the_page_is_rewritten_between_its_marks() -> None:
     page = "a\n<!-- files: written by benchmarks/faults.py -->\nold\n<!-- end of files -->\nb\n"
     new = rewritten(page, "files", "new")
@@ -144,10 +207,12 @@ def test_the_table_has_a_line_for_each_case_and_counts_them() -> None:
     good = {"outcome": "clear", "seconds": 0.0123, "in_traceback": False}
     rows = [{"fault": "F01", "name": f"case {i}", "right": "refuse", "fastldm": good} for i in range(3)]
     rows[2]["fastldm"] = {"outcome": "hang", "seconds": 20.0, "in_traceback": False}
-    text = markdown(rows, ["fastldm"])
+    text = summary(rows, ["fastldm"], p99=True) + "\n" + table(rows, ["fastldm"])
     assert "| clear | 2 |" in text
     assert "| hang | 1 |" in text
     assert "| median time to an error | 12 ms |" in text
+    assert "| 99th percentile of it | 12 ms |" in text
+    assert "percentile" not in summary(rows, ["fastldm"])
     assert "| F01 | case 0 | refuse | clear, 12 ms |" in text
     assert "| F01 | case 2 | refuse | **hang**, 20.0 s |" in text
 
@@ -156,9 +221,12 @@ def test_the_table_has_a_line_for_each_case_and_counts_them() -> None:
     ("arguments", "words"),
     [
         (["--only", "F99"], "--only F99: no case"),
+        (["--only", "F01", "--section", "arguments"], "--only F01: no case"),
+        (["--section", "other"], "invalid choice"),
         (["--engine", "other"], "invalid choice"),
         (["--write", "docs/reliability.md", "--only", "F01"], "leave out --only"),
         (["--write", "no/such.md"], "is no file"),
+        (["--write", "README.md"], "end of files"),
         (["--json", "no/such/row.json"], "there is no folder"),
     ],
 )
@@ -175,23 +243,24 @@ def test_wrong_arguments_are_said_before_any_work(
 
 def test_the_page_stands_in_the_docs_with_its_marks() -> None:
     page = (Path(faults.__file__).parent.parent / "docs/reliability.md").read_text(encoding="utf-8")
-    for section in faults.SECTIONS:
-        assert rewritten(page, section.name, "x") != page
+    for name in SECTIONS:
+        assert rewritten(page, name, "x") != page
 
 
 # ------------------------------------------------------------------------------------------------------------ the page
 
 
 def test_the_page_names_the_tests_of_every_fault() -> None:
-    """The numbers of the faults are in the names of the tests: f21, or f03_to_f16 for all between."""
+    """The numbers of the faults are in the names of the tests: f21, or f03_to_f16 for all between; a06 of arguments."""
     tests = Path(__file__).parent
     named: dict[str, set[str]] = {}
     for path in tests.rglob("test_*.py"):
         for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE):
-            numbers = [int(n) for n in re.findall(r"f(\d\d)(?=_|$)", name)]
+            found = re.findall(r"(?<=_)([af])(\d\d)(?=_|$)", name)
+            numbers = [int(n) for _, n in found]
             for n in range(numbers[0], numbers[1] + 1) if "_to_" in name and len(numbers) == 2 else numbers:
-                named.setdefault(f"F{n:02}", set()).add(str(path.relative_to(tests)))
+                named.setdefault(f"{found[0][0].upper()}{n:02}", set()).add(str(path.relative_to(tests)))
     page = (tests.parent / "docs" / "reliability.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (F\d\d) \|.*\| (`.*`) \|$", page, re.MULTILINE)
+    rows = re.findall(r"^\| ([AF]\d\d) \|.*\| (`.*`) \|$", page, re.MULTILINE)
     assert {fault: set(re.findall(r"`([^`]+)`", files)) for fault, files in rows} == named
-    assert sorted(named) == [f"F{n:02}" for n in range(1, 45)]
+    assert sorted(named) == [f"A{n:02}" for n in range(1, 25)] + [f"F{n:02}" for n in range(1, 45)]

@@ -15,7 +15,7 @@ _NEEDLESS = ("non_blocking", "copy", "silence_dtype_warnings")  # of torch's or 
 
 def asked_dtype(torch_dtype: object = None, dtype: object = None) -> torch.dtype | None:
     """The dtype under either of its names; None where neither is given."""
-    if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
+    if torch_dtype is not None and dtype is not None and torch_dtype is not dtype:
         raise ArgumentError(f"dtype = {brief(dtype)}: torch_dtype says {brief(torch_dtype)}", field="dtype")
     name, value = ("dtype", dtype) if torch_dtype is None else ("torch_dtype", torch_dtype)
     if value is None:
@@ -31,7 +31,7 @@ def asked_device(value: object) -> torch.device | None:
         return None
     try:
         device = torch.device(value)  # type: ignore[call-overload]
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError):  # the last for a number beyond 64 bits
         device = None
     if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         raise ArgumentError(f'device = {brief(value)}: must be "cpu", "cuda" or "cuda:N"', field="device")
@@ -53,7 +53,7 @@ def destination(*args: Any, **kwargs: Any) -> tuple[torch.device | None, torch.d
     unknown = next((name for name in kwargs if name not in _NEEDLESS), None)
     if unknown is not None:
         raise UnknownArgumentError(f"{unknown}: to() takes device, dtype and memory_format", field=unknown)
-    if layout not in _LAYOUTS:
+    if not any(layout is known for known in _LAYOUTS):
         raise ArgumentError(f"memory_format = {brief(layout)}: channels_last is what runs here", field="memory_format")
     for value in args:
         name = "dtype" if isinstance(value, torch.dtype) else "device"

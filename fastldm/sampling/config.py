@@ -10,15 +10,61 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from fastldm.config import Reader
-from fastldm.errors import ConfigError
+from fastldm.errors import ConfigError, RefusedError, brief
 
 MAX_TRAIN_TIMESTEPS = 10_000
 MAX_STEPS = 1000
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid", "exp")
+_STEPPING = (
+    "add_noise",
+    "alphas_cumprod",
+    "betas",
+    "compatibles",
+    "init_noise_sigma",
+    "num_inference_steps",
+    "scale_model_input",
+    "set_begin_index",
+    "set_timesteps",
+    "sigmas",
+    "step",
+    "timesteps",
+)
 FLOW_KINDS = ("flow_euler", "flow_heun")
+
+
+class HubKeys(dict[str, Any]):
+    """A scheduler's keys, `config.beta_start` or `config["beta_start"]`; an absent one has its class's default.
+
+    Absent ones are not among the items: another class would use its own defaults for them.
+    """
+
+    __slots__ = ()
+
+    def __missing__(self, key: str) -> Any:
+        return CLASSES[dict.get(self, "_class_name", "")][1][key]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the scheduler's configuration has no {brief(name)}", name=name) from None
+
+    def get(self, key: str, default: Any = None) -> Any:
+        try:
+            return self[key]
+        except KeyError:
+            return default
+
+    def _fixed(self, *_: object, **__: object) -> NoReturn:
+        raise TypeError("this would change nothing: assign pipe.scheduler = (class, {**pipe.scheduler.config, ...})")
+
+    __setitem__ = __delitem__ = __ior__ = update = pop = popitem = clear = setdefault = _fixed
+
+    def __reduce__(self) -> tuple[type[HubKeys], tuple[dict[str, Any]]]:
+        return HubKeys, (dict(self),)
 
 
 @dataclass(frozen=True)
@@ -78,10 +124,17 @@ class SchedulerConfig:
     noise_sampler_seed: int | None = None
     given: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    def __getattr__(self, name: str) -> Any:
+        """What a scheduler object of diffusers has beside, to step with."""
+        if name in _STEPPING:
+            reason = "steps nothing itself: take X.from_config(pipe.scheduler.config) for a loop of your own"
+            raise RefusedError(f"{name}: the scheduler of a fastldm.Pipeline {reason}", field=name)
+        raise AttributeError(f"a SchedulerConfig has no {brief(name)}", name=name)
+
     @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> HubKeys:
         """The hub's keys as they were read: what `X.from_config` of a scheduler class of diffusers takes."""
-        return dict(self.given)
+        return HubKeys(self.given)
 
     @property
     def order(self) -> int:
@@ -285,6 +338,8 @@ def scheduler_config(data: Mapping[str, Any], where: str = "scheduler/scheduler_
     Raises `ConfigError` naming the key for a value out of range, a key that no scheduler has, and for what a table
     cannot say: dynamic thresholding, learned variances, a predictor of another class inside UniPC.
     """
+    if isinstance(data, Mapping) and (strange := [key for key in data if not isinstance(key, str)]):
+        raise ConfigError(f"{where}: the key {brief(strange[0])} must be a string", field=where)
     r = Reader(_explicit(data) if isinstance(data, Mapping) else data, where)
     name = r.choice("_class_name", tuple(CLASSES))
     kind, defaults = CLASSES[name]

@@ -16,7 +16,7 @@ from typing import Any
 import diffusers
 import pytest
 
-from fastldm.errors import ArgumentError, ConfigError
+from fastldm.errors import ArgumentError, ConfigError, RefusedError
 from fastldm.sampling import SchedulerConfig, named, sampler_table, scheduler_config
 from fastldm.sampling.config import CLASSES
 from fastldm.sampling.names import NAMES, samplers
@@ -200,8 +200,19 @@ def test_a_configuration_can_be_copied() -> None:
         assert other.config == config.config
         assert hash(other) == hash(config)
     assert dataclasses.asdict(config)["given"] == config.config
-    config.config["beta_start"] = 3
-    assert config.config["beta_start"] == 0.00085
+    for change in (lambda keys: keys.update(beta_start=3), lambda keys: keys.pop("beta_start")):
+        with pytest.raises(TypeError, match="would change nothing"):
+            change(config.config)
+    keys = config.config
+    assert keys == copy.deepcopy(keys) == pickle.loads(pickle.dumps(keys)) == dict(config.given)
+
+
+def test_a_configuration_does_not_step() -> None:
+    with pytest.raises(RefusedError, match="from_config"):
+        named("euler", scheduler_config(SD15)).set_timesteps(3)
+    assert not hasattr(scheduler_config(SD15), "step")
+    with pytest.raises(AttributeError, match="no 'stepp'"):
+        scheduler_config(SD15).stepp  # noqa: B018
 
 
 def test_names_of_flows_and_edm() -> None:
