@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from fastldm import tasks
-from fastldm.arguments import FLOATS, MAX_TOKENS, is_plain
-from fastldm.errors import ArgumentError, brief
+from fastldm.arguments import FLOATS, MAX_TOKENS, flag, is_plain
+from fastldm.errors import ArgumentError, RefusedError, brief
 from fastldm.request import CALLBACK_TENSORS, Request, Scales, check_scales
 from fastldm.runtime.engine import Run
 
 WHERE = "callback_on_step_end"
+_MAY_BE_SET = ("_guidance_scale", "_guidance_rescale", "_image_guidance_scale", "_interrupt")
 
 
 class CallView:
@@ -41,12 +42,18 @@ class CallView:
     )
 
     def __init__(self, pipeline: Any, asked: Request, rows: int) -> None:
-        self._pipeline, self._task = pipeline, asked.task
-        self._guidance_scale, self._guidance_rescale = asked.scales.text, asked.scales.rescale
-        self._image_guidance_scale = asked.scales.image
-        self._interrupt = False
-        self._clip_skip = asked.words.clip_skip or None
-        self._num_timesteps = rows
+        state = {
+            "_pipeline": pipeline,
+            "_task": asked.task,
+            "_guidance_scale": asked.scales.text,
+            "_guidance_rescale": asked.scales.rescale,
+            "_image_guidance_scale": asked.scales.image,
+            "_interrupt": False,
+            "_clip_skip": asked.words.clip_skip or None,
+            "_num_timesteps": rows,
+        }
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
 
     guidance_scale = property(lambda self: self._guidance_scale)
     guidance_rescale = property(lambda self: self._guidance_rescale)
@@ -56,6 +63,12 @@ class CallView:
     num_timesteps = property(lambda self: self._num_timesteps)
     cross_attention_kwargs = property(lambda self: None)
     do_classifier_free_guidance = property(lambda self: self.scales().branches > 1)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _MAY_BE_SET:
+            reason = f"a callback may set {', '.join(_MAY_BE_SET)}, and the tensors that it returns"
+            raise RefusedError(f"{brief(name)} cannot be set in a callback: {reason}", field=WHERE)
+        object.__setattr__(self, name, flag(name, value) if name == "_interrupt" else value)
 
     def scales(self) -> Scales:
         scales = Scales(self._task, self._guidance_scale, self._image_guidance_scale, self._guidance_rescale)

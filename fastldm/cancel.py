@@ -8,7 +8,8 @@ from fastldm.errors import Cancelled
 
 
 class CancelToken:
-    """Stops the calls that it is given to, `pipe(..., cancel=token)`: they end within a row and raise `Cancelled`.
+    """Stops the calls that it is given to, `pipe(..., cancel=token)`: they end within a row, or one image's encoding
+    or decoding, and raise `Cancelled`.
 
     It stays cancelled: a call that is given it later does not begin. Any thread may cancel it, a callback too.
     """

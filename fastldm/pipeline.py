@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +22,7 @@ from fastldm.assemble import assemble
 from fastldm.callback import Watched
 from fastldm.cancel import CancelToken
 from fastldm.components import Decoding
-from fastldm.errors import ArgumentError, FileError
+from fastldm.errors import ArgumentError, FileError, brief
 from fastldm.image import Images, to_output, to_unit
 from fastldm.request import Callback, Request
 from fastldm.runtime import memory
@@ -127,7 +128,7 @@ class Pipeline(Surface):
         """`Pipeline(model, ...)`, and an error if `model` is no single file."""
         if not Asked(pretrained_model_link_or_path).is_file:
             what = os.fspath(pretrained_model_link_or_path)
-            raise FileError(f"{what} is no single file: pass a folder to Pipeline(...)", field="model")
+            raise FileError(f"{brief(what)} is no single file: pass a folder to Pipeline(...)", field="model")
         return cls(pretrained_model_link_or_path, **options)
 
     @classmethod
@@ -138,7 +139,11 @@ class Pipeline(Surface):
         """
         components = getattr(pipeline, "components", None)
         if not isinstance(components, Mapping):
-            raise ArgumentError(f"pipeline: a {type(pipeline).__name__} has no components", field="pipeline")
+            raise ArgumentError(f"pipeline: {type(pipeline).__name__} has no components", field="pipeline")
+        if "model" in options:
+            raise ArgumentError("model: the components are those of the other pipeline", field="model")
+        if isinstance(options.get("scheduler"), str):
+            options["scheduler"] = chosen(options["scheduler"], chosen(components.get("scheduler"), _ANY))
         runs_in = asked_dtype(options.pop("torch_dtype", None), options.pop("dtype", None))
         runs_on = asked_device(options.pop("device", None))
         needed = {name: components.get(name) for name in NEEDED}
@@ -203,7 +208,7 @@ class Pipeline(Surface):
         return_dict: of no effect: the result is both, a tuple and an object with names.
         callback_on_step_end: called after every row as f(pipe, row, timestep, tensors), returns its tensors, which take
         effect; see `CallView`. callback_on_step_end_tensor_inputs: the names of those that it gets.
-        cancel: a token that ends the call, from wherever, within a row.
+        cancel: a token that ends the call, from wherever, within a row, or one image's encoding or decoding.
         Raises `ArgumentError` naming the argument, before any work; `NonFiniteError` for NaN in the result;
         `Cancelled`; `ForkError` in a fork of the process that made the pipeline. Whatever is raised, by a callback or
         by Ctrl-C, leaves the pipeline as it was.
@@ -240,29 +245,32 @@ class Pipeline(Surface):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             cancel=cancel,
         )
+        outer = sys.exception()  # what the caller is handling
         try:
             return self._called(given, scheduler)
         except BaseException as error:
-            _forget(error)
+            _forget(error, outer)
             raise
 
     def _called(self, given: Arguments, scheduler: object) -> PipelineOutput:
         """What of the pipeline may change is read once, so that who changes it does so for the next call."""
         engine, config = self._engine, self._scheduler
+        engine.check_process()  # first: checking an argument may take several threads, too
         asked = request.checked(geometry(engine, self._tokenizer), given)
         return self._painted(asked, engine, config if scheduler is None else chosen(scheduler, config))
 
     @torch.no_grad()
     def _painted(self, asked: Request, engine: Engine, config: SchedulerConfig) -> PipelineOutput:
         table, how = _table(config, asked), replace(self._decoding)
-        memory.check(engine, _call(asked, table, how))
+        memory.check(engine, _call(asked, table, how, self._tokenizer.length))
         asked.cancel.check()
         states = text.states(engine, self._tokenizer, asked.words, asked.scales.branches)
-        painted = self._run(asked, engine.begin(tasks.job(engine, asked, table, states)))
+        asked.cancel.check()
+        job = tasks.job(engine, asked, table, states, slicing=how.slicing, tiling=how.tiling)
+        painted = self._run(asked, engine.begin(job))
         images: Images = painted
         if asked.output_type != "latent":
-            images = _finished(asked, engine.decode(painted, slicing=how.slicing, tiling=how.tiling))
-            asked.cancel.check()
+            images = _finished(asked, _decoded(asked, engine, painted, how))
         return PipelineOutput(images)
 
     def _run(self, asked: Request, run: Run) -> Tensor:
@@ -291,8 +299,8 @@ def _table(config: SchedulerConfig, asked: Request) -> SamplerTable:
     return table
 
 
-def _call(asked: Request, table: SamplerTable, how: Decoding) -> memory.Call:
-    """What its memory depends on."""
+def _call(asked: Request, table: SamplerTable, how: Decoding, window: int) -> memory.Call:
+    """What its memory depends on. window: tokens of a prompt in words."""
     encodes = 0 if asked.source is None else len(asked.source.pixels)
     if isinstance(asked.generator, list) and asked.task == "image_to_image":
         encodes = asked.batch
@@ -305,8 +313,18 @@ def _call(asked: Request, table: SamplerTable, how: Decoding) -> memory.Call:
         slicing=how.slicing,
         tiling=how.tiling,
         encodes=encodes,
+        tokens=window if asked.words.embeds is None else asked.words.embeds.shape[1],
+        plans=1 if asked.callback is None else 2,
         output_type=asked.output_type,
     )
+
+
+def _decoded(asked: Request, engine: Engine, latents: Tensor, how: Decoding) -> Tensor:
+    pixels = []
+    for part in latents.split(1 if how.slicing else len(latents)):
+        pixels.append(engine.decode(part, tiling=how.tiling))
+        asked.cancel.check()
+    return torch.cat(pixels)
 
 
 def _finished(asked: Request, pixels: Tensor) -> Images:
@@ -321,19 +339,23 @@ def _finished(asked: Request, pixels: Tensor) -> Images:
     return images
 
 
-def _forget(error: BaseException) -> None:
-    """Clears the frames of ours that an exception came through, so that holding it does not hold their tensors."""
-    seen: set[int] = set()
+def _forget(error: BaseException, outer: BaseException | None) -> None:
+    """Clears the frames of ours that an exception came through, so that holding it does not hold their tensors.
+
+    outer: an exception that came before, whose frames are its own.
+    """
+    seen = {id(outer)}
     link: BaseException | None = error
     while link is not None and id(link) not in seen:
         seen.add(id(link))
         for frame, _ in traceback.walk_tb(link.__traceback__):
-            if frame.f_globals.get("__name__", "").partition(".")[0] in ("fastldm", "torch"):
+            if frame.f_globals.get("__name__", "").partition(".")[0] in ("fastldm", "torch", "torchsde"):
                 with suppress(RuntimeError):  # it is still running
                     frame.clear()
         link = link.__cause__ or link.__context__
 
 
+_ANY = SchedulerConfig("ddim")  # what a whole scheduler takes the place of
 _LOADING, _ARGUMENTS = (
     tuple(inspect.signature(function).parameters)[1:-1] for function in (Pipeline.__init__, Pipeline.__call__)
 )

@@ -149,7 +149,6 @@ class Request:
     source: Source | None
     masked_image_latents: Tensor | None
     output_type: str
-    return_dict: bool
     callback: Callback | None
     callback_tensors: tuple[str, ...]
     cancel: CancelToken
@@ -171,6 +170,7 @@ def checked(geometry: Geometry, given: Arguments) -> Request:
     words = checked_words(geometry, given)
     if not isinstance(given.output_type, str) or given.output_type not in OUTPUT_TYPES:
         raise wrong("output_type", given.output_type, f"must be one of {', '.join(map(repr, OUTPUT_TYPES))}")
+    flag("return_dict", given.return_dict)
     task = _task(geometry, given)
     defaults = DEFAULTS[geometry.family, task]
     steps, timesteps, sigmas = _schedule(defaults, given)
@@ -200,7 +200,6 @@ def checked(geometry: Geometry, given: Arguments) -> Request:
         source=source,
         masked_image_latents=_masked_latents(given.masked_image_latents, geometry, shape, words.count),
         output_type=str(given.output_type),
-        return_dict=flag("return_dict", given.return_dict),
         callback=callback,
         callback_tensors=tensors,
         cancel=_cancel(given.cancel),
@@ -364,7 +363,9 @@ def _callback(geometry: Geometry, task: Task, given: Arguments) -> tuple[Callbac
     function, name = given.callback_on_step_end, "callback_on_step_end_tensor_inputs"
     if function is not None and not callable(function):
         raise wrong("callback_on_step_end", function, "must be callable")
-    names: Any = getattr(function, "tensor_inputs", given.callback_on_step_end_tensor_inputs)
+    names: Any = given.callback_on_step_end_tensor_inputs
+    if hasattr(type(function), "tensor_inputs"):
+        names = function.tensor_inputs  # type: ignore[union-attr]
     if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
         raise wrong(name, names, "must be a list of names")
     strange = [n for n in names if n not in CALLBACK_TENSORS[task]]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from io import StringIO
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastldm import arguments, drop_in, request, save, text
-from fastldm.arguments import Arguments
+from fastldm import arguments, drop_in, request, text
+from fastldm.arguments import Arguments, wrong
 from fastldm.components import Decoding, TextEncoderView, TokenizerView, UNetView, VAEView, View, unwrapped
-from fastldm.errors import ArgumentError
+from fastldm.errors import ArgumentError, brief
 from fastldm.hub_config import Config
 from fastldm.image import to_pil
 from fastldm.prompt import Tokenizer
@@ -103,7 +105,9 @@ class Surface:
     def device(self) -> torch.device:
         return self._engine.device
 
-    _execution_device = device
+    @property
+    def _execution_device(self) -> torch.device:
+        return self.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,9 +130,30 @@ class Surface:
         self._engine = moved(self._engine, dtype, device)
         return self
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
-        """A new folder in diffusers' layout, of what runs now; `fastldm.save.save` has the options."""
-        save.save(self._engine, self._tokenizer, self._scheduler, save_directory, **options)
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **others: Any,
+    ) -> None:
+        """A new folder in diffusers' layout, of what runs now, whole or not at all; see `fastldm.save.save`."""
+        from fastldm import save  # which brings all that converting models needs
+
+        names = ("safe_serialization", "variant", "max_shard_size", "push_to_hub")
+        drop_in.check_options({}, others, known=("save_directory", *names))
+        save.save(
+            self._engine,
+            self._tokenizer,
+            self._scheduler,
+            save_directory,
+            safe_serialization=safe_serialization,
+            variant=variant,
+            max_shard_size=max_shard_size,
+            push_to_hub=push_to_hub,
+        )
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: Any = None) -> None:
         """Nothing is offloaded: the whole model goes to the GPU, if there is one."""
@@ -181,7 +206,7 @@ class Surface:
         -> (prompts · num_images_per_prompt, tokens, width) each, on `device`; without do_classifier_free_guidance the
         second is what was given for it. Raises `ArgumentError` naming the argument.
         """
-        if lora_scale is not None:
+        if lora_scale not in (None, False):
             raise ArgumentError("lora_scale: there are no LoRAs", field="lora_scale")
         guided = arguments.flag("do_classifier_free_guidance", do_classifier_free_guidance)
         given = Arguments(
@@ -193,6 +218,7 @@ class Surface:
             clip_skip=clip_skip,
         )
         engine, tokenizer = self._engine, self._tokenizer
+        engine.check_process()
         prescribed = geometry(engine, tokenizer)
         words = request.checked_words(prescribed, given)
         request.check_lengths(prescribed, words, guided=guided)
@@ -206,7 +232,17 @@ class Surface:
         return tqdm(iterable, **{"total": total, "disable": not on_a_terminal, "leave": False, **self._bar})
 
     def set_progress_bar_config(self, **options: Any) -> None:
-        """Options of tqdm, such as disable=True, for the calls that follow."""
+        """Options of tqdm, such as disable=True, for the calls that follow. Raises `ArgumentError` naming one."""
+        unknown = {name: value for name, value in options.items() if name not in _BAR}
+        drop_in.check_options({}, unknown, known=_BAR)
+        if not isinstance(options.get("disable"), bool | None):
+            raise wrong("disable", options["disable"], "must be True, False or None")
+        if not callable(getattr(options.get("file") or StringIO(), "write", None)):
+            raise wrong("file", options["file"], "must be a file to write to")
+        try:
+            tqdm([], **{**options, "file": StringIO(), "disable": False}).close()
+        except Exception as error:
+            raise ArgumentError(f"set_progress_bar_config: {brief(options)}: {error}", field="options") from error
         self._bar = options
 
     numpy_to_pil = staticmethod(to_pil)
@@ -220,6 +256,8 @@ class Surface:
             if inner is not value:
                 drop_in.tell(f"torch.compile of the {name}", "it runs as it is")
         elif not drop_in.drops(name, value):
+            if not name.startswith("_") and not hasattr(type(self), name):
+                drop_in.attribute(name, known=dir(type(self)))  # raises
             super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
@@ -227,6 +265,7 @@ class Surface:
         return drop_in.attribute(name, known=dir(type(self)))
 
 
+_BAR = tuple(sorted(set(inspect.signature(tqdm.__init__).parameters) - {"self", "iterable", "total", "kwargs"}))
 _ABSENT = ("safety_checker", "feature_extractor", "image_encoder")
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastldm.model.vae import Posterior
 from fastldm.request import Request, Scales
 from fastldm.runtime.engine import Engine, Job
 from fastldm.runtime.plan import Guidance, Inpainting
@@ -21,11 +22,13 @@ from fastldm.source import Source, repeated
 
 @dataclass(frozen=True)
 class Studio:
-    """What the tasks share: the engine, the request and the sampler's table."""
+    """What the tasks share: the engine, the request and the sampler's table. slicing, tiling: of the encoder."""
 
     engine: Engine
     request: Request
     table: SamplerTable
+    slicing: bool
+    tiling: bool
 
     def draw(self) -> Tensor:
         """Unit noise of the latents' shape, (B, C, H, W)."""
@@ -35,7 +38,7 @@ class Studio:
 
     def encoded(self, pixels: Tensor) -> Tensor:
         """A sample of the latents of pixels (n, 3, H, W) in −1..1, float32; generator k draws for image k."""
-        posterior = self.engine.encode_image(pixels)
+        posterior = self._posterior(pixels)
         epsilon = self._draw_for(posterior.mean.shape)
         mean, std = (repeated(t.float(), len(epsilon)) for t in (posterior.mean, posterior.std))
         return self.engine.vae.to_latents(mean + std * epsilon)
@@ -83,12 +86,16 @@ class Studio:
 
     def instruct(self, states: Tensor, source: Source) -> Job:
         """Brooks et al., arXiv 2211.09800: branches without both conditions, with the image, with image and text."""
-        mean = self.engine.encode_image(2 * source.pixels - 1).mean.float()  # not scaled, the model is trained so
+        mean = self._posterior(2 * source.pixels - 1).mean.float()  # not scaled, the model is trained so
         mean = repeated(mean, self.request.batch)
         seen = [torch.zeros_like(mean), mean, mean] if self.request.scales.branches > 1 else [mean]
         return self._job(states, self.table.start[1] * self._first_noise(), extra_channels=torch.cat(seen))
 
     # ----------------------------------------------------------------------------------------------------- their parts
+
+    def _posterior(self, pixels: Tensor) -> Posterior:
+        self.request.cancel.check()
+        return self.engine.encode_image(pixels, slicing=self.slicing, tiling=self.tiling)
 
     def _first_noise(self) -> Tensor:
         given = self.request.latents
@@ -120,8 +127,16 @@ class Studio:
         )
 
 
-def job(engine: Engine, request: Request, table: SamplerTable, states: Tensor) -> Job:
-    studio = Studio(engine, request, table)
+def job(
+    engine: Engine,
+    request: Request,
+    table: SamplerTable,
+    states: Tensor,
+    *,
+    slicing: bool = True,
+    tiling: bool = False,
+) -> Job:
+    studio = Studio(engine, request, table, slicing, tiling)
     if request.source is None:
         return studio.text_to_image(states)
     if request.task == "inpaint":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -67,7 +67,7 @@ class Engine:
         self.check_process()
         return Run(self, job)
 
-    def decode(self, latents: Tensor, *, slicing: bool = False, tiling: bool = False) -> Tensor:
+    def decode(self, latents: Tensor, *, tiling: bool = False) -> Tensor:
         """latents: (B, C, H, W) -> pixels (B, 3, factor·H, factor·W) in the VAE's dtype, about −1..1.
 
         Raises `NonFiniteError` where a pixel is NaN or infinite: a black picture is an error, not a result.
@@ -76,7 +76,7 @@ class Engine:
         weight = self.vae.decoder.conv_in.weight
         z = self.vae.from_latents(latents).to(weight.dtype, memory_format=torch.channels_last)
         with self.using():
-            pixels = self.vae.decode(z, slicing=slicing, tiling=tiling)
+            pixels = self.vae.decode(z, tiling=tiling)
         if not bool(torch.isfinite(pixels).all()):
             raise NonFiniteError(f"the decoded image is not finite in {weight.dtype}; try a wider dtype", field="image")
         return pixels
@@ -91,12 +91,18 @@ class Engine:
     def check_process(self) -> None:
         """Raises `ForkError` in a fork of the process that made the engine: OpenMP and CUDA hang or crash there."""
         if os.getpid() != self.process:
-            reason = f"was made in process {self.process}, and this is a fork of it: make the pipeline here, or spawn"
-            raise ForkError(f"the pipeline {reason}")
+            advice = "start this process with spawn, or call torch.set_num_threads(1) in it and make the pipeline here"
+            raise ForkError(f"the pipeline was made in process {self.process}, and this is a fork of it: {advice}")
 
-    def using(self) -> AbstractContextManager[object]:
-        """The context in which the networks are called."""
-        return ops.using(self.backend)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A pickled engine belongs to the process that reads it."""
+        self.__dict__.update(state, process=os.getpid())
+
+    @contextmanager
+    def using(self) -> Iterator[None]:
+        """The context in which the networks are called; autocast around it would change what they compute."""
+        with ops.using(self.backend), torch.autocast(self.device.type, enabled=False):
+            yield
 
 
 class Run:

@@ -36,8 +36,8 @@ KEPT = (
 class Call:
     """What the memory of a call depends on.
 
-    height, width: pixels. slicing, tiling: of the decoder. encodes: images that the encoder gets at once, 0 where there
-    is none. output_type: as the call has it.
+    height, width: pixels. slicing, tiling: of the autoencoder. encodes: images that are encoded. tokens: of a prompt.
+    plans: 2 where a callback may change what a plan is made for. output_type: as the call has it.
     """
 
     batch: int
@@ -48,6 +48,8 @@ class Call:
     slicing: bool
     tiling: bool
     encodes: int = 0
+    tokens: int = 77
+    plans: int = 1
     output_type: str = "pil"
 
 
@@ -172,20 +174,26 @@ def _sampling(engine: Engine, call: Call) -> int:
     unet, b = engine.unet, Blocks.like(engine.unet.conv_in.weight)
     factor, config = engine.vae.config.factor, unet.config
     height, width, rows = call.height // factor, call.width // factor, call.branches * call.batch
-    pixels, tokens = height * width, rows * engine.text_encoder.config.positions
+    pixels, tokens = height * width, rows * call.tokens
     latents = b.stats * call.batch * config.out_channels * pixels
     shifts, context = len(unet.time_projections.weight), len(unet.context_projections.weight)
     held = (SLOTS + 5) * latents  # state, noise, z0, n0; x and the noise that it was made of
     held += b.work * (rows * config.in_channels * pixels + (ROWS + call.steps) * shifts)
     held += b.work * tokens * (context + config.context_dim)
     end_row = (2 * SLOTS + 2) * latents
-    return held + max(*_unet(b, config, rows, height, width), b.linear(tokens, config.context_dim, context), end_row)
+    return held * call.plans + max(
+        *_unet(b, config, rows, height, width), b.linear(tokens, config.context_dim, context), end_row
+    )
 
 
 def _encoding(engine: Engine, call: Call) -> int:
-    """All sources in one piece, with two copies of them."""
-    vae, n = engine.vae, call.encodes * call.height * call.width
-    return 8 * n * vae.config.in_channels + max(_encoder(Blocks.like(vae.encoder.conv_in.weight), vae.config, n))
+    """One source at once or all, or a tile of them, with two copies of all."""
+    config, b = engine.vae.config, Blocks.like(engine.vae.encoder.conv_in.weight)
+    height, width, at_once = call.height, call.width, 1 if call.slicing else call.encodes
+    if call.tiling and max(height, width) > config.sample_size:
+        height, width = min(height, config.sample_size), min(width, config.sample_size)
+    sources = 8 * call.encodes * call.height * call.width * config.in_channels
+    return sources + max(_encoder(b, config, at_once * height * width))
 
 
 def _decoding(engine: Engine, call: Call) -> int:

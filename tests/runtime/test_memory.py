@@ -262,3 +262,9 @@ def test_a_gpu_has_what_is_free_and_what_torch_keeps(monkeypatch: pytest.MonkeyP
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
     assert available_bytes(torch.device("cuda", 0)) == 1300
+
+
+def test_more_tokens_or_a_second_plan_take_more() -> None:
+    base = peak_bytes(sd15(), replace(CALL, height=512, width=512, output_type="latent"))
+    assert peak_bytes(sd15(), replace(CALL, height=512, width=512, output_type="latent", tokens=1024)) > 1.1 * base
+    assert peak_bytes(sd15(), replace(CALL, height=512, width=512, output_type="latent", plans=2)) > base
