@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import sys
@@ -27,6 +28,8 @@ MODEL_VARIABLE = "FASTLDM_MODEL"
 RANDOM_SEEDS = 1 << 32  # as many as the web UI's
 LIKE_A_COMMAND = 0.85  # of difflib: "samplres" is, "point" is not
 LOADING = ("config", "original_config", "prediction_type", "extract_ema", "variant", "vae", "text_encoder", "tokenizer")
+# What may be elsewhere, if it is not on the disk: an address, or a name on the hub.
+ELSEWHERE = re.compile(r"https?://.+|[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 # Arguments of the pipeline, and the options for them.
 OPTIONS = {
     "num_inference_steps": "--steps",
@@ -35,6 +38,7 @@ OPTIONS = {
     "negative_prompt": "--negative",
     "mask_image": "--mask",
     "out": "-o",
+    "model": "--model",
     **{name: f"--{name}" for name in ("prompts", "image", "strength", "seed", "device", "overlay", "eta")},
     "clip_skip": "--clip-skip",
 }
@@ -116,6 +120,12 @@ class SamplerName(click.ParamType):  # type: ignore[type-arg]  # which older cli
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         known = _samplers()
         if value not in known:
+            from fastldm.png import sampler_label
+
+            alike = (name for name in known if value.casefold() in (name, sampler_label(name).casefold()))
+            found = next(alike, None)
+            if found is not None:
+                return found
             near = "".join(f" There is {name!r}." for name in get_close_matches(value, known, n=1))
             self.fail(f"There is no sampler {value!r}.{near} 'fastldm samplers' lists them.", param, ctx)
         return value
@@ -156,6 +166,7 @@ def together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 PATH, FILE = click.Path(), click.Path(dir_okay=False)
 UNIT, PERCENT = click.FloatRange(0, 1), click.FloatRange(0, 100)
 DTYPE = click.Choice(["fp32", "fp16", "bf16"])
+STRENGTH = "How much of the image to give up. Default: 0.8; 1 with --mask."
 PROMPTS = "One image for each line, into the folder -o; - reads the standard input."
 of_a_model = together(
     click.option("--config", metavar="FOLDER", type=PATH, help="A single file's configurations, in diffusers' layout."),
@@ -188,12 +199,14 @@ def main() -> None:
 # ------------------------------------------------------------------------------------------------------------- painting
 
 
-@main.command()
+@main.command(context_settings={"allow_extra_args": True})
 @click.argument("prompt", required=False)
 @click.option("-o", "--out", metavar="PATH", type=PATH, help="The PNG file to write or replace. Default: a new one.")
 @click.option("-m", "--model", metavar="PATH", type=PATH, envvar=MODEL_VARIABLE, help="A file or folder.")
 @click.option("--negative", metavar="TEXT", default="", help="What to keep away from.")
-@click.option("--steps", metavar="N", type=click.IntRange(1, 1000), help="How many. Default: 50.")
+@click.option(
+    "--steps", metavar="N", type=click.IntRange(1, 1000), help="How many. Default: 50; 100 for instruct-pix2pix."
+)
 @click.option("--sampler", metavar="NAME", type=SamplerName(), help="One of 'fastldm samplers'. Default: the model's.")
 @click.option("--guidance", metavar="X", type=PERCENT, help="How close to the prompt. Default: 7.5.")
 @click.option(
@@ -207,7 +220,7 @@ def main() -> None:
     "-n", "--n", "number", metavar="N", type=click.IntRange(1, 10_000), default=1, help="How many images. Default: 1."
 )
 @click.option("--image", metavar="FILE", type=FILE, help="PNG, JPEG or WebP to start from, or to edit.")
-@click.option("--strength", metavar="X", type=UNIT, help="How much of the image to give up. Default: 0.8.")
+@click.option("--strength", metavar="X", type=UNIT, help=STRENGTH)
 @click.option("--mask", metavar="FILE", type=FILE, help="With --image: white is painted anew, black is kept.")
 @click.option("--overlay", is_flag=True, help="Keep what the mask keeps bit for bit.")
 @click.option("--image-guidance", metavar="X", type=PERCENT, help="Of instruct-pix2pix. Default: 1.5.")
@@ -234,6 +247,7 @@ def paint(
     """Paint PROMPT, which may be the name of a command."""
     with importing():
         from fastldm import paint as library
+    _check_extra(click.get_current_context().args)
     if (prompt is None) == (prompts is None):
         raise click.UsageError("Give one of PROMPT and --prompts FILE.")
     if prompts is None and overwrite:
@@ -251,6 +265,12 @@ def paint(
         if seed is None and sys.stderr.isatty():
             click.echo(f"seed {orders[0].seed}", err=True)
         _paint_prompt(orders, _settings(options), show)
+
+
+def _check_extra(words: list[str]) -> None:
+    if words:
+        arguments = "argument" if len(words) == 1 else "arguments"
+        raise click.UsageError(f"Got unexpected extra {arguments} ({' '.join(words)}): put the prompt in quotes.")
 
 
 def _paint_prompt(orders: list[Order], settings: Settings, show: Callable[[Painted], str]) -> None:
@@ -277,10 +297,15 @@ def _paint_prompts(orders: list[Order], settings: Settings, show: Callable[[Pain
 
 
 def _painter(settings: Settings) -> Painter:
+    if not os.path.lexists(os.path.expanduser(settings.model)) and not ELSEWHERE.fullmatch(settings.model):
+        raise FileError(f"model = {settings.model}: there is no such file or folder", field="model")
     with importing():
         import fastldm.pipeline  # noqa: F401  this brings torch
         from fastldm.paint import Painter
-    return Painter(settings)
+    painter = Painter(settings)
+    if settings.eta and not painter.settings.uses_eta:
+        click.echo(f"fastldm: --eta has no effect with the sampler {painter.settings.sampler}", err=True)
+    return painter
 
 
 def _bar(**options: Any) -> Any:

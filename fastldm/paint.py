@@ -37,6 +37,7 @@ MAX_PROMPTS_FILE = 64 << 20  # bytes
 MAX_IMAGE_FILE = 256 << 20  # bytes
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 DEFAULT_STEM = "out"
+USE_ETA = ("ddim", "tcd")  # samplers
 QUOTES = "'\""
 # What a file says of how the model was read, by the names of `Pipeline`'s arguments.
 SAID = {
@@ -80,6 +81,11 @@ class Settings:
     eta: float | None = None
     overlay: bool = False
 
+    @property
+    def uses_eta(self) -> bool:
+        """False also while the sampler is the model's, which is not read yet."""
+        return self.sampler in USE_ETA
+
     def said(self, prompt: str, seed: int) -> Parameters:
         """What a file says: the web UI's words where it has one. What is None here is left out."""
         words: dict[str, object] = {
@@ -96,7 +102,7 @@ class Settings:
             "Mask hash": self.mask and self.mask.digest,
             "Overlay": self.overlay or None,
             "Clip skip": self.clip_skip and self.clip_skip + 1,  # the web UI counts from the last layer, 1
-            "Eta": self.eta or None,
+            "Eta": (self.eta or None) if self.uses_eta else None,
             "Precision": None if self.dtype == "fp32" else self.dtype,
             "Version": f"fastldm {__version__}",
         }
@@ -264,7 +270,10 @@ def make_folder(folder: Path) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    os.stat(folder)
+    try:
+        os.stat(folder)
+    except FileNotFoundError:
+        raise FileNotFoundError(0, f"the folder {folder} is missing") from None
     if not folder.is_dir():
         raise NotADirectoryError(0, f"{folder} is no folder")
     if not os.access(folder, os.W_OK | os.X_OK):

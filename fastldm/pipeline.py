@@ -194,7 +194,7 @@ class Pipeline(Surface):
         num_inference_steps: 50, for instruct-pix2pix 100. timesteps, sigmas: the caller's own, in place of a number.
         guidance_scale: s of classifier-free guidance (arXiv 2207.12598), 7.5; 1 and below computes no unconditional
         branch. guidance_rescale: φ of arXiv 2305.08891, section 3.4. image_guidance_scale: of instruct-pix2pix
-        (arXiv 2211.09800), 1.5. eta: η of DDIM (arXiv 2010.02502); others ignore it.
+        (arXiv 2211.09800), 1.5. eta: η of DDIM (arXiv 2010.02502) and TCD; others ignore it.
         generator: one torch.Generator, or one for each image; None draws from the system's entropy. seed: in place of
         generator; image k has the generator seeded with seed + k, or with the k-th of a list.
         latents: the first noise, (images, channels, height / factor, width / factor), unit variance.

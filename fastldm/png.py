@@ -31,6 +31,9 @@ NEGATIVE = "Negative prompt:"
 EXACT = ("Exact prompt", "Exact negative prompt")
 FEWEST = 3  # settings of a line that is taken for one, as in the web UI
 MAX_HEAD = 4 << 20  # bytes that are read of a file: what stands before the pixels
+MAX_CHUNKS = 256  # before the pixels
+MAX_TEXT = 1 << 20  # characters of `parameters`; the longest prompts, quoted once more, need nearly as many
+MAX_PAIRS = 256  # settings that are looked for in a line
 # Pillow limits what text chunks unpack to; these are what it raises for files that it does not like.
 DAMAGE = (OSError, SyntaxError, ValueError, TypeError, IndexError, EOFError, struct.error, zlib.error)
 # Possessive: a text of a stranger is read in linear time.
@@ -111,7 +114,9 @@ def parsed(text: str) -> Parameters:
 
 def _pairs(line: str) -> list[tuple[str, str]]:
     found, position = [], 0
-    while position < len(line):
+    for _ in range(MAX_PAIRS):
+        if position >= len(line):
+            break
         match = _SETTING.match(line, position)
         if match is not None:
             found.append((match[1], _unquoted(match[2])))
@@ -154,12 +159,34 @@ def read(path: Path) -> Picture:
         raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
     if not head.startswith(SIGNATURE):
         raise FileError(f"{path} is no PNG file")
+    flaw = _flaw(head)
+    if flaw is not None:
+        raise FileError(f"{path} is a damaged PNG file: {flaw}")
     try:
         with warnings.catch_warnings(action="ignore"), PngImageFile(BytesIO(head)) as image:
-            text = image.info.get(KEYWORD)
-            return Picture(image.width, image.height, text if isinstance(text, str) else None)
+            text, size = image.info.get(KEYWORD), image.size
     except DAMAGE as error:
         raise FileError(f"{path} is a damaged PNG file: {brief(str(error))}") from error
+    if not isinstance(text, str):
+        return Picture(*size, None)
+    if len(text) > MAX_TEXT:
+        raise FileError(f"{path}: the text {KEYWORD!r} has {len(text)} characters, over {MAX_TEXT}")
+    return Picture(*size, text)
+
+
+def _flaw(head: bytes) -> str | None:
+    """Why the pixels are not reached; Pillow would take its time to find many chunks."""
+    position = len(SIGNATURE)
+    for _ in range(MAX_CHUNKS + 1):
+        kind = head[position + 4 : position + 8]
+        if kind in (b"IDAT", b"fdAT"):
+            return None
+        if kind == b"IEND" or (len(kind) < 4 and len(head) < MAX_HEAD):
+            return "it ends too early"
+        if len(kind) < 4:
+            return f"its first {MAX_HEAD} bytes hold no pixels"
+        position += 12 + int.from_bytes(head[position : position + 4], "big")
+    return f"it has over {MAX_CHUNKS} chunks before its pixels"
 
 
 def is_png(path: Path) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ import fastldm
 from examples import tiny_model
 from fastldm import arguments, cli, image, paint, png
 from fastldm.cli import main
-from fastldm.sampling import named
+from fastldm.request import DEFAULTS
+from fastldm.sampling import named, sampler_table
 
 SIZE = (64, 48)
 CALL: dict[str, Any] = {"width": 64, "height": 48, "num_inference_steps": 2, "seed": 1}
@@ -339,7 +342,21 @@ def test_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTLDM_MODEL")
     assert failed("a cat") == "no model: name one with --model PATH or the environment variable FASTLDM_MODEL"
     assert failed("a cat", env={"FASTLDM_MODEL": ""}).startswith("no model")
-    assert failed("a cat", "--model", "nowhere.safetensors") == "nowhere.safetensors is missing"
+
+
+@pytest.mark.parametrize(
+    "path", ["nope", "./nope", "nope.safetensors", "a/b/nope", "~nobody/nope", "../nope.ckpt", "a\nb"]
+)
+def test_a_model_that_is_not_there(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    refuse_models(monkeypatch)
+    assert failed("a cat", "--model", path) == f"--model = {path}: there is no such file or folder".replace("\n", " ")
+
+
+@pytest.mark.parametrize("path", ["owner/name", "https://hf.co/a/b/blob/main/c.ckpt", "https://x.org/c.ckpt"])
+def test_a_model_that_may_be_elsewhere_is_asked_for(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    refuse_models(monkeypatch)
+    result = run("a cat", "--model", path)
+    assert isinstance(result.exception, AssertionError)
 
 
 def test_arguments_that_a_message_names_are_options_here(model: Path) -> None:
@@ -357,6 +374,7 @@ def test_how_a_model_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         raise fastldm.Error("read")
 
     monkeypatch.setattr(fastldm.Pipeline, "__init__", stop)
+    Path("m").touch()
     names = [name for name in cli.LOADING if name != "extract_ema"]
     words = [word for name in names for word in (f"--{name.replace('_', '-')}", f"the {name}")]
     assert failed("a cat", *words, "--extract-ema", "--model", "m", "--device", "cuda:1", "--dtype", "fp16") == "read"
@@ -385,6 +403,8 @@ def test_the_option_goes_before_the_variable(model: Path) -> None:
 
 ERRORS = {
     "size": (("--size", "60x48"), "--size: width = 60: must be a multiple of 8"),
+    "height": (("--size", "64x3"), "--size: height = 3: must be"),
+    "both sides": (("--size", "20x3"), "--size: height = 3: must be"),
     "a large size": (("--size", "99999x48"), "--size: width = 99999: must be"),
     "NaN": (("--guidance", "nan"), "--guidance = nan: must be"),
     "seed": (("--seed", 2**63), f"--seed = {2**63}: must be"),
@@ -402,7 +422,7 @@ ERRORS = {
     "a bomb": (("--image", "bomb.png"), "--image = bomb.png: is over 4096 pixels a side"),
     "half a mask": (("--image", "start.png", "--mask", "half.png"), "--mask = half.png: is damaged: "),
     "another ending": (("-o", "x.jpg"), "-o = x.jpg: must end in .png"),
-    "no folder": (("-o", "nowhere/x.png"), "-o = nowhere/x.png: cannot be written: No such file or directory"),
+    "no folder": (("-o", "new dir/x.png"), "-o = new dir/x.png: cannot be written: the folder new dir is missing"),
     "a folder": (("-o", "folder.png"), "-o = folder.png: cannot be written: is a folder"),
     "in a file": (("-o", "x.txt/x.png"), "-o = x.txt/x.png: cannot be written: Not a directory"),
     "a long name": (("-o", "n" * 300 + ".png"), "cannot be written: File name too long"),
@@ -428,11 +448,15 @@ def rechecked(kind: bytes, data: bytes) -> bytes:
     return data + zlib.crc32(kind + data).to_bytes(4, "big")
 
 
-def test_what_can_be_refused_is_refused_before_the_model_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def refuse_models(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the model was read")
 
     monkeypatch.setattr("fastldm.pipeline.Pipeline.__init__", refuse)
+
+
+def test_what_can_be_refused_is_refused_before_the_model_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_models(monkeypatch)
     for words in (("-o", "nowhere/x.png"), ("-o", "x.jpg"), ("--image", "nowhere.png")):
         failed("a cat", *words)
 
@@ -468,6 +492,53 @@ def test_a_sampler_that_is_nearly_right() -> None:
     assert "There is 'dpmpp_2m_karras'." in run("a cat", "--sampler", "dpmpp2m_karras").stderr
 
 
+@pytest.mark.parametrize("label", ["DPM++ 2M Karras", "dpm++ 2m karras", "DPMPP_2M_KARRAS"])
+def test_a_sampler_by_the_label_that_files_have(label: str) -> None:
+    assert run("a cat", *WORDS, "--sampler", label).exit_code == 0
+    assert said("out.png").settings["Sampler"] == "DPM++ 2M Karras"
+
+
+def test_every_label_is_its_sampler() -> None:
+    for name in fastldm.samplers():
+        assert cli.SamplerName().convert(png.sampler_label(name).upper(), None, None) == name
+
+
+def test_a_prompt_without_quotes() -> None:
+    result = run("a", "red cat", "--steps", 2)
+    assert result.exit_code == 2
+    assert result.stderr.endswith("Error: Got unexpected extra argument (red cat): put the prompt in quotes.\n")
+    result = run("a", "red", "cat", "--steps", 2)
+    assert result.stderr.endswith("Error: Got unexpected extra arguments (red cat): put the prompt in quotes.\n")
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m_karras", None])
+def test_eta_is_said_where_it_has_an_effect(here: Path, model: Path, sampler: str | None) -> None:
+    """Also where it is the model's own sampler, and it is painted again."""
+    own = ("--model", shutil.copytree(model, here / "own"))
+    index = here / "own/scheduler/scheduler_config.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "EulerDiscreteScheduler"}))
+    (here / "x.txt").write_text("a cat")
+    words = ("--prompts", "x.txt", "--size", "64x48", "--steps", 2, "--eta", 0.5)
+    given = own if sampler is None else ("--sampler", sampler)
+    for stdout in ("out/0001.png\n", ""):
+        result = run(*words, *given)
+        warned = f"fastldm: --eta has no effect with the sampler {sampler or 'euler'}\n"
+        assert (result.exit_code, result.stdout, result.stderr) == (0, stdout, warned)
+    assert "Eta" not in said("out/0001.png").settings
+    for more in ((), ("--sampler", "ddim"), ("--sampler", "tcd")):
+        result = run(*words, "-o", "".join(more) or "ddim", *more)
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert said(result.stdout.strip()).settings["Eta"] == "0.5"
+
+
+def test_which_samplers_use_eta(model: Path) -> None:
+    base = fastldm.Pipeline(model).scheduler
+    for name in fastldm.samplers():
+        config = named(name, base)
+        tables = [pickle.dumps(sampler_table(config, 4, eta=eta)) for eta in (0.0, 0.5)]
+        assert (tables[0] != tables[1]) == (name in paint.USE_ETA), name
+
+
 def test_every_option_of_an_argument_exists() -> None:
     known = {name for option in main.commands["paint"].params for name in option.opts}
     assert set(cli.OPTIONS.values()) <= known
@@ -479,6 +550,17 @@ def test_the_limits_are_the_pipelines() -> None:
     limits: dict[str | None, Any] = {option.name: option.type for option in main.commands["paint"].params}
     assert limits["steps"].max == arguments.MAX_STEPS
     assert limits["guidance"].max == limits["image_guidance"].max == arguments.MAX_GUIDANCE
+
+
+def test_the_defaults_in_the_help_are_the_pipelines() -> None:
+    text = " ".join(run("--help").stdout.split())
+    paints, changes, fills, edits = (
+        DEFAULTS["sd", task] for task in ("text_to_image", "image_to_image", "inpaint", "instruct")
+    )
+    assert f"Default: {paints.steps}; {edits.steps} for instruct-pix2pix." in text
+    assert f"Default: {changes.strength:g}; {fills.strength:g} with --mask." in text
+    assert f"Default: {paints.guidance:g}." in text
+    assert f"Default: {edits.image_guidance:g}." in text
 
 
 def test_samplers() -> None:

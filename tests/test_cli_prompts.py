@@ -304,7 +304,7 @@ def test_the_folder_is_a_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_no_folder_is_left_where_the_model_fails() -> None:
-    assert "nowhere.safetensors is missing" in failed(*WORDS, "--model", "nowhere.safetensors")
+    assert "--model = nowhere.safetensors: there is no such file" in failed(*WORDS, "--model", "nowhere.safetensors")
 
 
 def test_what_is_done_stays_when_the_disk_is_full(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL.PngImagePlugin import PngInfo
 
-from fastldm import png
+from fastldm import paint, png
 from fastldm.errors import FileError
 from fastldm.png import Parameters
 from fastldm.sampling.names import NAMES, samplers
@@ -154,6 +154,7 @@ ENDLESS = [
     'a:"',
     'a:",',
     '\\"',
+    'a:"\\",',
     " a",
     "a ",
     'a: "\\',
@@ -168,7 +169,20 @@ def test_a_long_text_is_read_at_once(piece: str) -> None:
     begin = time.perf_counter()
     for start in ("", 'a: "', "a: b, c: d, e: f, "):
         png.parsed(start + piece * (LONG // len(piece)))
-    assert time.perf_counter() - begin < 20
+    assert time.perf_counter() - begin < 2
+
+
+def test_a_text_of_too_many_settings_keeps_the_first() -> None:
+    found = png.parsed("a\n" + ", ".join(f"k{k}: {k}" for k in range(1000)))
+    assert (found.prompt, list(found.settings)) == ("a", [f"k{k}" for k in range(png.MAX_PAIRS)])
+
+
+def test_the_longest_text_of_our_own_can_be_read() -> None:
+    """Two prompts at the limit, each character of which is six in quotes."""
+    prompt = "\nNegative prompt:".ljust(paint.MAX_PROMPT, "\x01")
+    made = Parameters(prompt, prompt, SETTINGS)
+    assert len(made.text) <= png.MAX_TEXT
+    assert (png.parsed(made.text).prompt, png.parsed(made.text).negative_prompt) == (prompt, prompt)
 
 
 def test_names_of_samplers() -> None:
@@ -178,7 +192,7 @@ def test_names_of_samplers() -> None:
     assert png.sampler_label("unipc_3_karras") == "unipc_3_karras"
     assert set(png.SAMPLERS) <= set(NAMES)
     labels = [png.sampler_label(name) for name in samplers()]
-    assert len(set(labels)) == len(labels), "two samplers would have one name"
+    assert len({label.casefold() for label in labels}) == len(labels), "two samplers would have one name"
 
 
 # ------------------------------------------------------------------------------------------------------------- the file
@@ -272,7 +286,7 @@ HOSTILE = {
     "a profile that unpacks to 64 MiB": header() + chunk(b"iCCP", b"x\0\0" + BOMB),
     "a chunk of 2 GiB": header() + chunk(b"tEXt", b"parameters\0a", length=2**31 - 1),
     "5 MiB of text": header() + chunk(b"tEXt", b"parameters\0" + b"a" * (5 << 20)) + chunk(b"IDAT", b""),
-    "a thousand large texts": header() + chunk(b"zTXt", b"x\0\0" + zlib.compress(b"a" * (1 << 20))) * 1000,
+    "a hundred large texts": header() + chunk(b"zTXt", b"x\0\0" + zlib.compress(b"a" * (1 << 20))) * 100,
     "no pixels": header() + TEXT,
     "no header": png.SIGNATURE + TEXT + chunk(b"IDAT", b""),
     "a wrong sum": header() + TEXT[:-1] + b"?" + chunk(b"IDAT", b""),
@@ -285,6 +299,62 @@ def test_a_hostile_file_is_an_error(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.png").write_bytes(data)
     with pytest.raises(FileError, match=r"a\.png is a damaged PNG file"):
         png.read(tmp_path / "a.png")
+
+
+CUT = {
+    "nothing": (png.SIGNATURE, "it ends too early"),
+    "no pixels": (header() + TEXT, "it ends too early"),
+    "an end without pixels": (header() + TEXT + chunk(b"IEND", b""), "it ends too early"),
+    "half a chunk": (header() + TEXT[:-6], "it ends too early"),
+    "pixels far behind": (header() + chunk(b"abCd", b"a" * (5 << 20)), "4194304 bytes hold no pixels"),
+}
+
+
+@pytest.mark.parametrize(("data", "words"), CUT.values(), ids=CUT.keys())
+def test_a_file_without_pixels_says_so(tmp_path: Path, data: bytes, words: str) -> None:
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(FileError, match=rf"a\.png is a damaged PNG file: .*{words}$"):
+        png.read(tmp_path / "a.png")
+
+
+CROWDED = {
+    "texts": chunk(b"tEXt", b"a\0") * 200_000,
+    "unknown chunks": chunk(b"abCd", b"") * 300_000,
+    "profiles": chunk(b"iCCP", b"x\0\0" + zlib.compress(b"a" * (1 << 20))) * 1000,
+}
+
+
+@pytest.mark.parametrize("data", CROWDED.values(), ids=CROWDED.keys())
+def test_a_crowd_of_chunks_is_refused_at_once(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.png").write_bytes(header() + data + TEXT + chunk(b"IDAT", b""))
+    begin = time.perf_counter()
+    with pytest.raises(FileError, match=r"a\.png is a damaged PNG file: it has over 256 chunks before its pixels"):
+        png.read(tmp_path / "a.png")
+    assert time.perf_counter() - begin < 0.5
+
+
+def test_as_many_chunks_as_may_be(tmp_path: Path) -> None:
+    more = chunk(b"tEXt", b"a\0") * (png.MAX_CHUNKS - 2)
+    (tmp_path / "a.png").write_bytes(header() + more + TEXT + chunk(b"IDAT", b""))
+    assert png.read(tmp_path / "a.png").text == "a"
+    (tmp_path / "a.png").write_bytes(header() + more + TEXT * 2 + chunk(b"IDAT", b""))
+    with pytest.raises(FileError, match="over 256 chunks"):
+        png.read(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_text_that_is_too_long(tmp_path: Path, packed: bool) -> None:
+    info = PngInfo()
+    info.add_text("parameters", "a" * png.MAX_TEXT, zip=packed)
+    picture().save(tmp_path / "a.png", pnginfo=info)
+    assert png.read(tmp_path / "a.png").text == "a" * png.MAX_TEXT
+    info.add_text("parameters", 'a:"\\",' * 500_000, zip=packed)
+    picture().save(tmp_path / "a.png", pnginfo=info)
+    words = "is a damaged PNG file" if packed else "the text 'parameters' has 3000000 characters, over 1048576"
+    begin = time.perf_counter()
+    with pytest.raises(FileError, match=rf"a\.png.* {words}"):
+        png.read(tmp_path / "a.png")
+    assert time.perf_counter() - begin < 0.5
 
 
 def test_pixels_are_not_decoded(tmp_path: Path) -> None:
