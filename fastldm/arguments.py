@@ -111,12 +111,12 @@ def numbers(name: str, value: object) -> tuple[float, ...] | None:
     return tuple(number(name, v, 0, 1e6) for v in values)
 
 
-def texts(name: str, value: object) -> tuple[str, ...]:
+def texts(name: str, value: object, most: int = MAX_IMAGES) -> tuple[str, ...]:
     found = [value] if isinstance(value, str) else value
     if not isinstance(found, list | tuple) or not found:
         raise wrong(name, value, "must be a string or a list of strings")
-    if len(found) > MAX_IMAGES:
-        raise wrong(name, value, f"has {len(found)} prompts, over {MAX_IMAGES}")
+    if len(found) > most:
+        raise wrong(name, value, f"has {len(found)} texts, over {most}")
     return tuple(_text(name, text) for text in found)
 
 

@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from fastldm.errors import ArgumentError, FileError, brief
 from fastldm.runtime.build import RUN
@@ -21,6 +21,7 @@ NEEDED = {  # where there is no model, and what each may be
     "tokenizer": "a folder with its files, one of transformers, or that of another Pipeline",
     "scheduler": "one of diffusers, a pair of its class and configuration, or that of another Pipeline",
 }
+PATHS = ("model", "config", "original_config", "cache_dir", *RUN, "tokenizer")
 _NONE = type(None)
 _KINDS: tuple[tuple[tuple[str, ...], tuple[type, ...], str], ...] = (
     (("model", "config", "original_config", "cache_dir"), (str, os.PathLike, _NONE), "a path"),
@@ -29,6 +30,18 @@ _KINDS: tuple[tuple[tuple[str, ...], tuple[type, ...], str], ...] = (
     (("local_files_only", "extract_ema"), (bool,), "True or False"),
     (("use_safetensors",), (bool, _NONE), "True, False or None"),
 )
+
+
+def is_path(value: object) -> TypeGuard[PathLike]:
+    """Whether it is a string, or gives one, and has a name in the file system's encoding."""
+    if not isinstance(value, str | os.PathLike):
+        return False
+    try:
+        name = os.fspath(value)
+        os.fsencode(name)
+        return isinstance(name, str)
+    except (TypeError, UnicodeEncodeError):
+        return False
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,10 @@ class Asked:
                 if not isinstance(value := getattr(self, name), kinds):
                     shown = "" if name == "token" else f" = {brief(value)}"  # a secret
                     raise ArgumentError(f"{name}{shown}: must be {what}", field=name)
+        for name in PATHS:
+            value = getattr(self, name)
+            if isinstance(value, str | os.PathLike) and not is_path(value):
+                raise ArgumentError(f"{name} = {brief(value)}: is a path that no file can have", field=name)
         if self.model is None and all(getattr(self, name) is None for name in NEEDED):
             raise ArgumentError(f"model = None: must be a path; without one, pass {', '.join(NEEDED)}", field="model")
 

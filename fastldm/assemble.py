@@ -56,6 +56,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 OPEN_CLIP_PAD = 0  # OpenCLIP fills the window with zeros, whatever the tokenizer's files say
 FILE_ONLY = ("config", "original_config", "prediction_type", "extract_ema")
 FOLDER_ONLY = ("variant", "revision")
+PATH_ONLY = ("cache_dir", "local_files_only", "use_safetensors")
 
 
 @dataclass
@@ -99,9 +100,13 @@ def _from_components(asked: Asked, files: ExitStack) -> Assembly:
     for name, kinds in NEEDED.items():
         if getattr(asked, name) is None:
             raise ArgumentError(f"{name}: is missing, as there is no model: pass {kinds}", field=name)
-    for name in (*FILE_ONLY, *FOLDER_ONLY):
+    for name in (*FILE_ONLY, *FOLDER_ONLY, "token"):
         if getattr(asked, name) not in (None, False):
             raise ArgumentError(f"{name}: is for a model, and none is given", field=name)
+    paths = any(isinstance(getattr(asked, name), str | os.PathLike) for name in (*RUN, "tokenizer"))
+    for name in PATH_ONLY:
+        if not paths and getattr(asked, name) not in (None, False):
+            raise ArgumentError(f"{name}: is for paths, and no component is one", field=name)
     if isinstance(asked.scheduler, str):
         reason = "a name keeps what a model was trained on, and there is no model"
         raise ArgumentError(f"scheduler = {brief(asked.scheduler)}: {reason}", field="scheduler")
@@ -349,7 +354,7 @@ def _module_part(name: str, module: Any) -> Part:
     config: Any = getattr(module, "config", None)
     data = config.to_dict() if callable(getattr(config, "to_dict", None)) else config
     if not isinstance(data, Mapping):
-        raise ArgumentError(f"{name}: a {type(module).__name__} has no configuration", field=name)
+        raise ArgumentError(f"{name}: {type(module).__name__!r} has no configuration", field=name)
     kind = type(module).__name__
     said = {**data, "architectures": [kind]} if name == "text_encoder" else {"_class_name": kind, **data}
     return Part(said, f"{name} ({kind})", lambda config, names: StateDict(name, module.state_dict()))

@@ -26,10 +26,18 @@ from fastldm.sampling import noise
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 MAX_TOKENS = 1 << 16  # that one text is cut or filled to
+MAX_TEXTS = 1 << 16  # of one call of a tokenizer
 _LAYERS = 8  # of wrappers around one view
 
 
 # --------------------------------------------------------------------------------------------------------- networks
+
+
+def _keep(view: object, name: str, value: object) -> None:
+    """Sets what a view itself needs. All else would be gone with the view: `pipe.vae` makes a new one each time."""
+    if not name.startswith("_"):
+        raise drop_in.refused(name, f"{name} cannot be assigned: {view!r} keeps nothing that is set")
+    object.__setattr__(view, name, value)
 
 
 class View:
@@ -87,6 +95,9 @@ class View:
         if row is not None and row.kind == "no-op":
             return drop_in.attribute(name)
         raise AttributeError(f"the view of the {self.component} has no {brief(name)}", name=name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        _keep(self, name, value)
 
     def __repr__(self) -> str:
         return f"<the {self.component} of a fastldm.Pipeline, {self.dtype} on {self.device}>"
@@ -283,8 +294,15 @@ class Tokens(dict[str, Any]):
 class TokenizerView:
     """A pipeline's tokenizer. tokenizer: what runs."""
 
+    def __setattr__(self, name: str, value: object) -> None:
+        _keep(self, name, value)
+
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
 
     @property
     def model_max_length(self) -> int:
@@ -332,7 +350,7 @@ class TokenizerView:
         cut = truncation in (True, "longest_first")
         cut = cut or (truncation is None and max_length is not None and padding in (False, "do_not_pad"))
         special = flag("add_special_tokens", add_special_tokens)
-        rows = [self._ids(one, special, length if cut else None) for one in texts("text", text)]
+        rows = [self._ids(one, special, length if cut else None) for one in texts("text", text, MAX_TEXTS)]
         width = {"max_length": length, True: max(map(len, rows)), "longest": max(map(len, rows))}.get(padding, 0)
         fills = [max(width - len(row), 0) for row in rows]
         ids: Any = [row + [self.pad_token_id] * fill for row, fill in zip(rows, fills, strict=True)]

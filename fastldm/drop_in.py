@@ -77,10 +77,12 @@ ATTRIBUTES: Table = {
     **_each(
         "supported",
         {
-            "scheduler": "assign a name of fastldm.samplers() or a scheduler of diffusers; calls keep no state in it",
+            "scheduler": "assign a name or one of diffusers; it does not step: X.from_config(pipe.scheduler.config) "
+            "makes one that does",
             "unet": "a view of the network; torch.compile of it does nothing; another: pass unet= to Pipeline(...)",
             "vae": "a view of the network; not to be assigned: pass vae= to Pipeline(...)",
-            "text_encoder": "a view of the network; not to be assigned: pass text_encoder= to Pipeline(...)",
+            "text_encoder": "a view of the network, without output_hidden_states; not to be assigned: pass "
+            "text_encoder= to Pipeline(...)",
             "tokenizer": "the model's own; not to be assigned: pass tokenizer= to Pipeline(...)",
             "vae_scale_factor": "pixels to a latent, in each direction",
         },
@@ -100,7 +102,7 @@ ATTRIBUTES: Table = {
             "encode_prompt": "what prompt_embeds and negative_prompt_embeds take",
             "progress_bar": "of tqdm",
             "set_progress_bar_config": "arguments of tqdm",
-            "numpy_to_pil": "(B, H, W, C) in 0..1 to a list of images",
+            "numpy_to_pil": "(H, W, C) or (B, H, W, C), in 0..1 or bytes, to a list of images; other values are errors",
             "enable_vae_slicing": "the default",
             "disable_vae_slicing": "a batch is decoded at once, with the memory that takes",
             "enable_vae_tiling": "little memory for large images, slightly other pixels",
@@ -261,7 +263,7 @@ CALL: Table = {
         "supported",
         {
             "prompt": "the only one by position",
-            "negative_prompt": "a text for all prompts, or one for each",
+            "negative_prompt": "a text for all prompts, or one for each; no effect where guidance_scale is 1 or less",
             "image": "for image to image, and with mask_image to inpaint: the class is the same",
             "mask_image": "white is painted anew; for models with 4 and with 9 channels",
             "masked_image_latents": "for models with 9 channels",
@@ -269,16 +271,16 @@ CALL: Table = {
             "strength": "the share of the steps that is run on the image",
             "height": "for every task: images are resized",
             "width": "for every task: images are resized",
-            "num_inference_steps": "50, for instruct-pix2pix 100",
+            "num_inference_steps": "1 to 1000; 50 if not given, for instruct-pix2pix 100",
             "timesteps": "for the samplers that take them in diffusers",
             "sigmas": "for the samplers that take them in diffusers",
-            "guidance_scale": "1 and below computes no unconditional branch",
-            "guidance_rescale": "for every task",
+            "guidance_scale": "0 to 100; 1 and below computes no unconditional branch",
+            "guidance_rescale": "for every task; no effect where guidance_scale is 1 or less",
             "image_guidance_scale": "for models of instruct-pix2pix",
             "num_images_per_prompt": "in the result, those of one prompt follow each other",
-            "eta": "of DDIM; others ignore it",
+            "eta": "of DDIM and samplers like it; without effect for others",
             "generator": "one, or one for each image; or seed=",
-            "latents": "the first noise, of unit variance",
+            "latents": "the first noise, of unit variance; at most 1e4 in magnitude",
             "prompt_embeds": "of encode_prompt",
             "negative_prompt_embeds": "of encode_prompt",
             "clip_skip": "how many of the last layers of the text encoder are left out",
@@ -390,7 +392,7 @@ def attribute(name: str, known: Iterable[str] = ()) -> Callable[..., None]:
         meant = "" if name.startswith("_") else _meant(name, [*known, *_offered(ATTRIBUTES)])
         raise AttributeError(f"'Pipeline' object has no attribute {brief(name)}{meant}", name=name)
     if row.kind == "refused":
-        raise _refused(name, f"Pipeline has no {name}: {row.note}")
+        raise refused(name, f"Pipeline has no {name}: {row.note}")
     return partial(_do_nothing, name)
 
 
@@ -404,7 +406,7 @@ def drops(name: str, value: object) -> bool:
         return False
     if name not in FIXED and _asks_nothing(value):
         return True
-    raise _refused(name, f"{name} cannot be assigned a {type(value).__name__}: {row.note}")
+    raise refused(name, f"{name} cannot be assigned {type(value).__name__!r}: {row.note}")
 
 
 def check_options(table: Table, given: Mapping[str, object], known: Iterable[str]) -> None:
@@ -442,7 +444,8 @@ def _do_nothing(name: str, /, *_: Any, **__: Any) -> None:
     tell(name)
 
 
-def _refused(name: str, message: str) -> RefusedError:
+def refused(name: str, message: str) -> RefusedError:
+    """The error of an attribute, with its name."""
     error = RefusedError(message, field=name)
     error.name = name  # or Python would suggest another attribute behind the reason
     return error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from fastldm.errors import brief
+from fastldm.errors import RefusedError, brief
 
 
 class Config(dict[str, Any]):
@@ -22,8 +22,9 @@ class Config(dict[str, Any]):
     def __reduce__(self) -> tuple[type[Config], tuple[dict[str, Any]]]:
         return Config, (dict(self),)
 
-    def _fixed(self, *_: object, **__: object) -> NoReturn:
-        raise TypeError("a configuration of a loaded model cannot be changed")
+    def _fixed(self, *args: object, **_: object) -> NoReturn:
+        key = args[0] if args and isinstance(args[0], str) else None
+        raise RefusedError("a configuration of a loaded model cannot be changed", field=key)
 
     __setattr__ = __delattr__ = __setitem__ = __delitem__ = __ior__ = _fixed
     update = pop = popitem = clear = setdefault = _fixed

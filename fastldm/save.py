@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastldm.asked import is_path
 from fastldm.convert import Model, Network, write_folder
 from fastldm.errors import ArgumentError, FileError, brief
 from fastldm.prompt import Tokenizer
@@ -65,7 +66,7 @@ def save(
 
 
 def _new_folder(path: object) -> Path:
-    if not isinstance(path, str | os.PathLike) or not os.fspath(path) or "\0" in str(os.fspath(path)):
+    if not is_path(path) or not os.fspath(path) or "\0" in os.fspath(path):
         raise ArgumentError(f"save_directory = {brief(path)}: must be the path of a folder", field="save_directory")
     out = Path(os.path.expanduser(path)).absolute()
     if os.path.lexists(out) and not (out.is_dir() and not out.is_symlink() and not any(out.iterdir())):
@@ -102,7 +103,7 @@ def _check_shards(model: Model, limit: object) -> None:
     largest = max(_bytes(network) for network in model.networks.values())
     found = _SIZE.fullmatch(limit) if isinstance(limit, str) else None
     size = float(found[1]) * _UNITS[found[2].upper()] if found else limit
-    if isinstance(size, bool) or not isinstance(size, int | float) or size <= 0:
+    if isinstance(size, bool) or not isinstance(size, int | float) or not size > 0:  # NaN is not
         reason = "must be a number of bytes, or a text such as '10GB'"
         raise ArgumentError(f"max_shard_size = {brief(limit)}: {reason}", field="max_shard_size")
     if size < largest:

@@ -18,7 +18,7 @@ from fastldm.arguments import Arguments, wrong
 from fastldm.components import Decoding, TextEncoderView, TokenizerView, UNetView, VAEView, View, unwrapped
 from fastldm.errors import ArgumentError, brief
 from fastldm.hub_config import Config
-from fastldm.image import to_pil
+from fastldm.image import numpy_to_pil
 from fastldm.prompt import Tokenizer
 from fastldm.request import Geometry
 from fastldm.runtime.build import moved
@@ -245,7 +245,7 @@ class Surface:
             raise ArgumentError(f"set_progress_bar_config: {brief(options)}: {error}", field="options") from error
         self._bar = options
 
-    numpy_to_pil = staticmethod(to_pil)
+    numpy_to_pil = staticmethod(numpy_to_pil)
 
     # ---------------------------------------------------------------------------------------------------- other names
 
@@ -256,7 +256,8 @@ class Surface:
             if inner is not value:
                 drop_in.tell(f"torch.compile of the {name}", "it runs as it is")
         elif not drop_in.drops(name, value):
-            if not name.startswith("_") and not hasattr(type(self), name):
+            ours = type(self).__module__.startswith("fastldm.")  # a subclass may have more
+            if ours and not name.startswith("_") and not hasattr(type(self), name):
                 drop_in.attribute(name, known=dir(type(self)))  # raises
             super().__setattr__(name, value)
 

@@ -16,10 +16,22 @@ from fastldm.pipeline import Pipeline
 from tests import oracle
 from tests.test_request import NO_SAMPLER, Awkward, latents, nested
 
+
+class PathOf:
+    """A path-like object of anything."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __fspath__(self) -> Any:
+        return self.value
+
+
 NO_STRING: list[Any] = [1, True, 2.5, math.nan, b"x", [], ["a"], {}, (), object(), Awkward(), type, iter(["a"])]
 NO_STRING += [np.ones(2), torch.ones(2), nested(2, 3)]
+NO_PATH = [*NO_STRING, "\ud800", PathOf(b"x"), PathOf(3)]
 NO_DTYPE = [*NO_STRING, "float16", "", float, torch.int8, torch.complex64, torch.float8_e4m3fn, torch.device("cpu")]
-NO_DEVICE: list[Any] = [v for v in NO_STRING if not isinstance(v, bytes)]
+NO_DEVICE: list[Any] = [*NO_STRING]
 NO_DEVICE += ["", "gpu", "mps", "meta", "cpu:1"]
 NO_DEVICE += [-1, 2**70, 10**5000, "cuda:-1", "cuda:4096", "cuda:9999999999999999999", "x" * 10**6, "\ud800", "cpu\0"]
 NO_BOOL: list[Any] = [0, 1, "", "yes", 2.5, [], {}, object(), Awkward(), np.ones(2), torch.ones(2), torch.tensor(True)]
@@ -29,18 +41,18 @@ LOADING: dict[str, list[Any]] = {
     "device": NO_DEVICE,
     "variant": [*NO_STRING, "../x", "a b", "x" * 10**6, "\ud800"],
     "revision": NO_STRING,
-    "cache_dir": NO_STRING,
+    "cache_dir": NO_PATH,
     "local_files_only": NO_BOOL,
     "token": [v for v in NO_STRING if v is not True],
-    "config": NO_STRING,
-    "original_config": NO_STRING,
+    "config": NO_PATH,
+    "original_config": NO_PATH,
     "prediction_type": [*NO_STRING, "", "sample_", "EPSILON"],
     "extract_ema": NO_BOOL,
     "use_safetensors": NO_BOOL,
-    "unet": [*NO_STRING, "no/such/folder"],
-    "vae": [*NO_STRING, "no/such/folder"],
-    "text_encoder": [*NO_STRING, "no/such/folder"],
-    "tokenizer": [*NO_STRING, "no/such/folder"],
+    "unet": [*NO_PATH, "no/such/folder"],
+    "vae": [*NO_PATH, "no/such/folder"],
+    "text_encoder": [*NO_PATH, "no/such/folder"],
+    "tokenizer": [*NO_PATH, "no/such/folder"],
     "scheduler": NO_SAMPLER,
     "hieght": [1, None],
     "safety_cheker": [None],
@@ -96,10 +108,30 @@ def test_a_bad_argument_of_loading_is_named(
     refused(name, lambda: Pipeline(folder, **{name: value}))
 
 
-@pytest.mark.parametrize("value", NO_STRING, ids=range(len(NO_STRING)))
+@pytest.mark.parametrize("value", [*NO_PATH, "\ud800.safetensors"], ids=range(len(NO_PATH) + 1))
 def test_a_model_that_is_no_path_is_named(value: Any) -> None:
     for load in (Pipeline, Pipeline.from_pretrained, Pipeline.from_single_file):
         refused("model", lambda load=load: load(value))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("token", "hf_x"),
+        ("token", True),
+        ("local_files_only", True),
+        ("cache_dir", "/x"),
+        ("use_safetensors", True),
+        ("variant", "fp16"),
+    ],
+)
+def test_what_is_without_effect_on_components_in_memory_is_named(pipe: Pipeline, name: str, value: Any) -> None:
+    refused(name, lambda: Pipeline(**pipe.components, **{name: value}))
+
+
+def test_where_a_component_is_looked_for_may_be_said(pipe: Pipeline, folder: Path, tmp_path: Path) -> None:
+    parts = {**pipe.components, "vae": folder / "vae"}
+    Pipeline(**parts, cache_dir=tmp_path, local_files_only=True, use_safetensors=True, token=False)
 
 
 @pytest.mark.parametrize("value", [torch.float32, "x", 7, np.ones(2), torch.ones(2), Awkward()], ids=range(6))

@@ -9,7 +9,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 
 from fastldm.errors import ArgumentError
-from fastldm.image import as_mask8, as_rgb8, crop_box, filled, overlaid, read_images, resized
+from fastldm.image import as_mask8, as_rgb8, crop_box, filled, numpy_to_pil, overlaid, read_images, resized
 
 RNG = np.random.default_rng(0)
 BYTES = RNG.integers(0, 256, (6, 5, 3), dtype=np.uint8)
@@ -169,3 +169,41 @@ def test_a_box_of_one_row_is_filled(size: tuple[int, int]) -> None:
     whole = filled(picture.crop(box), 64, 48, "image")
     assert whole == PIL.Image.new("RGB", (64, 48), (9, 8, 7))
     assert overlaid(picture, whole, mask, box) == picture
+
+
+# ----------------------------------------------------------------------------------------------------------------- out
+
+
+@pytest.mark.parametrize("images", [UNIT, UNIT[None], np.stack([UNIT, 1 - UNIT]), UNIT[..., :1], UNIT.astype(float)])
+def test_arrays_become_the_images_of_diffusers(images: np.ndarray) -> None:
+    found, expected = numpy_to_pil(images), VaeImageProcessor.numpy_to_pil(images)
+    assert [image.mode for image in found] == [image.mode for image in expected]
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_bytes_are_kept() -> None:
+    assert np.array_equal(numpy_to_pil(BYTES)[0], BYTES)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        [UNIT],
+        torch.from_numpy(UNIT),
+        UNIT[0],
+        UNIT[..., :2],
+        UNIT[:0],
+        UNIT[None, None],
+        UNIT + 0.1,
+        UNIT - 0.1,
+        UNIT * np.nan,
+        np.full_like(UNIT, np.inf),
+        BYTES.astype(np.int64),
+        BYTES > 9,
+    ],
+    ids=range(12),
+)
+def test_arrays_that_are_no_images_are_named(images: object) -> None:
+    with pytest.raises(ArgumentError, match=r"^images: ") as caught:
+        numpy_to_pil(images)  # type: ignore[arg-type]
+    assert caught.value.field == "images"

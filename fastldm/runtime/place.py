@@ -30,7 +30,7 @@ def asked_device(value: object) -> torch.device | None:
     if value is None:
         return None
     try:
-        device = torch.device(value)  # type: ignore[call-overload]
+        device = None if isinstance(value, bytes) else torch.device(value)  # type: ignore[call-overload]
     except (RuntimeError, TypeError, ValueError):  # the last for a number beyond 64 bits
         device = None
     if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
@@ -50,6 +50,9 @@ def destination(*args: Any, **kwargs: Any) -> tuple[torch.device | None, torch.d
     """
     given = {name: kwargs.pop(name, None) for name in ("device", "dtype")}
     layout = kwargs.pop("memory_format", None)
+    for name in _NEEDLESS:
+        if not isinstance(value := kwargs.get(name, False), bool):
+            raise ArgumentError(f"{name} = {brief(value)}: must be True or False", field=name)
     unknown = next((name for name in kwargs if name not in _NEEDLESS), None)
     if unknown is not None:
         raise UnknownArgumentError(f"{unknown}: to() takes device, dtype and memory_format", field=unknown)

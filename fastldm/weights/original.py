@@ -10,16 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 from fastldm.config import MAX_CHANNELS, Reader
 from fastldm.errors import ConfigError, FileError, brief
 from fastldm.weights.families import REFINER, SD1, SD2, SDXL, Family
-from fastldm.weights.strict import shown
 
-MAX_YAML = 1 << 16  # the published ones have 4 KiB; the parser takes seconds for 1 MiB
-MAX_EVENTS = 5_000
-DEPTH = 32
+MAX_YAML = 1 << 16  # bytes; the published ones have 4 KiB, the parser takes seconds for 1 MiB
 REFINER_NUMBERS = 2560  # the width of what the refiner reads beside the text
 BETA_SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear"}  # the original's names -> the hub's
 
@@ -59,6 +54,10 @@ class Original:
 
 def original_config(raw: bytes, where: str) -> Original:
     """Raises `FileError` for what is no yaml, `ConfigError` naming the key for a value out of range."""
+    from fastldm.weights.strict_yaml import strict_yaml
+
+    if len(raw) > MAX_YAML:
+        raise FileError(f"{where}: has {len(raw)} bytes; at most {MAX_YAML} are allowed")
     model = _child(Reader(strict_yaml(raw, where), where), "model")
     params = _child(model, "params")
     unet_key = "unet_config" if "unet_config" in params.data else "network_config"
@@ -81,43 +80,6 @@ def original_config(raw: bytes, where: str) -> Original:
         scaling_factor=params.number("scale_factor", 1e-4, 1e4, None),
         shown=_shown(unet),
     )
-
-
-def strict_yaml(raw: bytes, where: str) -> dict[str, Any]:
-    """One mapping of plain values: at most `DEPTH` deep, no key twice, no anchors, no tags. Raises `FileError`."""
-    if len(raw) > MAX_YAML:
-        raise FileError(f"{where}: has {len(raw)} bytes; at most {MAX_YAML} are allowed")
-    try:
-        _check_events(raw, where)
-        value = yaml.load(raw, Loader=_Unique)
-    except yaml.YAMLError as error:
-        raise FileError(f"{where}: is not valid yaml: {brief(str(error))}") from None
-    except (ValueError, ArithmeticError) as error:  # a date that is none, a number of too many digits
-        raise FileError(f"{where}: holds a value that cannot be read: {brief(str(error))}") from None
-    if not isinstance(value, dict):
-        raise FileError(f"{where}: must be a yaml mapping, not {type(value).__name__}")
-    return value
-
-
-class _Unique(yaml.SafeLoader):
-    """Refuses a key that stands twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if not all(isinstance(key, str) for key in keys) or len(set(keys)) < len(keys):
-            raise yaml.constructor.ConstructorError(None, None, f"keys must be different words: {shown(keys)}")
-        return super().construct_mapping(node, deep)
-
-
-def _check_events(raw: bytes, where: str) -> None:
-    depth = 0
-    for count, event in enumerate(yaml.parse(raw, Loader=yaml.SafeLoader)):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        named = getattr(event, "anchor", None) is not None or getattr(event, "tag", None) is not None
-        if depth > DEPTH or count > MAX_EVENTS or named:
-            limit = f"{DEPTH} levels, {MAX_EVENTS} values, no anchors and no tags are allowed"
-            line = event.start_mark.line + 1 if event.start_mark else 1
-            raise FileError(f"{where}: line {line}: {limit}")
 
 
 def _child(parent: Reader, key: str) -> Reader:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import fastldm
-from fastldm.components import View, unwrapped
+from fastldm.components import MAX_TEXTS, View, unwrapped
 from fastldm.hub_config import TEXT_KEYS, UNET_KEYS, VAE_KEYS
 from tests.oracle import relative_error
 from tests.pipeline import pairs
@@ -122,7 +122,7 @@ CHANGES: list[Callable[[Any], object]] = [
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_configuration_cannot_be_changed(pair: pairs.Pair, change: Callable[[Any], object]) -> None:
     config = pair.fast.unet.config
-    with pytest.raises(TypeError, match="cannot be changed"):
+    with pytest.raises(fastldm.errors.RefusedError, match="cannot be changed"):
         change(config)
     assert config.in_channels == 4
 
@@ -152,6 +152,28 @@ def test_one_network_does_not_move_alone(pair: pairs.Pair, name: str) -> None:
     with pytest.raises(fastldm.Error) as caught:
         getattr(pair.fast, name).requires_grad_(True)
     assert caught.value.field == "requires_grad"
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("vae", "use_tiling", True),
+        ("vae", "config", {}),
+        ("unet", "x", 1),
+        ("text_encoder", "dtype", torch.float16),
+        ("tokenizer", "padding_side", "left"),
+        ("tokenizer", "model_max_length", 7),
+        ("tokenizer", "tokenizer", None),
+    ],
+)
+def test_what_a_view_would_lose_cannot_be_assigned(pair: pairs.Pair, part: str, name: str, value: Any) -> None:
+    view = getattr(pair.fast, part)
+    with pytest.raises(fastldm.errors.RefusedError, match=f"^{name} cannot be assigned") as caught:
+        setattr(view, name, value)
+    assert caught.value.field == caught.value.name == name
+    assert name not in vars(view)
+    view._mark = 1
+    assert view._mark == 1
 
 
 def test_what_is_needless_is_no_error_and_what_is_unknown_is_one(pair: pairs.Pair) -> None:
@@ -309,6 +331,8 @@ WRONG: list[tuple[str, str, Callable[[Any], object]]] = [
     ("a generator's seed", "generator", lambda p: p.vae.encode(noise(1, 3, 32, 32)).latent_dist.sample(3)),
     ("tiling", "use_tiling", lambda p: p.vae.enable_tiling("yes")),
     ("a number as a text", "text", lambda p: p.tokenizer(3)),
+    ("too many texts", "text", lambda p: p.tokenizer(["x"] * (MAX_TEXTS + 1))),
+    ("bytes for a device", "device", lambda p: p.tokenizer("cat").to(b"cpu")),
     ("another padding", "padding", lambda p: p.tokenizer("cat", padding="left")),
     ("another truncation", "truncation", lambda p: p.tokenizer("cat", truncation="only_first")),
     ("arrays", "return_tensors", lambda p: p.tokenizer("cat", return_tensors="np")),
@@ -367,6 +391,11 @@ def test_a_tokenizer_decodes_as_transformers(pair: pairs.Pair, skip: bool) -> No
     assert pair.fast.tokenizer.batch_decode(ids, skip_special_tokens=skip) == expected
     assert pair.fast.tokenizer.decode(ids[2].tolist(), skip_special_tokens=skip) == expected[2]
     assert pair.fast.tokenizer.decode(517) == pair.ref.tokenizer.decode(517)
+
+
+def test_a_tokenizer_takes_more_texts_than_a_call_paints(pair: pairs.Pair) -> None:
+    words = [f"the red cat {i}" for i in range(100)]
+    assert pair.fast.tokenizer(words).input_ids == pair.ref.tokenizer(words).input_ids
 
 
 def test_what_a_tokenizer_is(pair: pairs.Pair) -> None:

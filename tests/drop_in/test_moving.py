@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -50,6 +51,10 @@ def test_arguments_are_read_as_torch_and_diffusers_do(args: Any, kwargs: Any, ex
     ("args", "kwargs", "field"),
     [
         (("nowhere",), {}, "device"),
+        ((b"cpu",), {}, "device"),
+        ((), {"non_blocking": "x"}, "non_blocking"),
+        ((), {"copy": 1}, "copy"),
+        ((), {"memory_format": np.zeros(2)}, "memory_format"),
         (("mps",), {}, "device"),
         (("cuda:99",), {}, "device"),
         ((3.5,), {}, "device"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tests.oracle import relative_error
 from tests.pipeline import pairs
 from tests.single import disk, models
 from tests.single.models import ANOTHER, KINDS, Sample, assert_same, image, weights
+from tests.test_bad_options import PathOf
 
 PROMPTS = ["the red cat", "", "a photo of <|endoftext|> cats, 3 of them", "Ünïcode 猫  and\nlines", "cat " * 90]
 
@@ -170,6 +172,7 @@ def fast(tmp_path_factory: pytest.TempPathFactory) -> fastldm.Pipeline:
         ({"max_shard_size": "much"}, "a number of bytes"),
         ({"max_shard_size": True}, "a number of bytes"),
         ({"max_shard_size": -1}, "a number of bytes"),
+        ({"max_shard_size": math.nan}, "a number of bytes"),
     ],
 )
 def test_what_is_not_done_is_refused_by_name(
@@ -212,7 +215,7 @@ def test_an_empty_folder_is_filled_and_a_missing_one_is_made(fast: fastldm.Pipel
         assert not [name for name in os.listdir(out.parent) if name.startswith(".")]
 
 
-@pytest.mark.parametrize("path", [None, 3, "", "a\0b", ["x"]])
+@pytest.mark.parametrize("path", [None, 3, "", "a\0b", ["x"], b"x", "\ud800", PathOf(b"x"), PathOf(3)])
 def test_what_is_no_path_is_refused(fast: fastldm.Pipeline, path: Any) -> None:
     with pytest.raises(fastldm.Error, match="must be the path of a folder") as caught:
         fast.save_pretrained(path)

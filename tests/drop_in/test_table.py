@@ -243,7 +243,7 @@ def test_what_is_off_may_be_set_to_off(pipe: fastldm.Pipeline, name: str) -> Non
     off = False if name == "requires_safety_checker" else None
     setattr(pipe, name, off)
     assert getattr(pipe, name) is off
-    with pytest.raises(RefusedError, match=f"{name} cannot be assigned a function: {off}, and {off} may be"):
+    with pytest.raises(RefusedError, match=f"{name} cannot be assigned 'function': {off}, and {off} may be"):
         setattr(pipe, name, lambda images, **_: (images, False))
 
 
@@ -251,7 +251,7 @@ def test_what_is_off_may_be_set_to_off(pipe: fastldm.Pipeline, name: str) -> Non
 def test_networks_are_not_exchanged(pipe: fastldm.Pipeline, name: str) -> None:
     for value in (None, torch.nn.Linear(1, 1)):
         with pytest.raises(
-            RefusedError, match=rf"{name} cannot be assigned a \w+: .*pass {name}= to Pipeline"
+            RefusedError, match=rf"{name} cannot be assigned '\w+': .*pass {name}= to Pipeline"
         ) as raised:
             setattr(pipe, name, value)
         assert raised.value.field == name
@@ -263,13 +263,13 @@ def test_an_assignment_without_effect_is_refused(name: str) -> None:
     with pytest.raises(RefusedError) as raised:
         drop_in.drops(name, 7.5)
     assert raised.value.field == name
-    assert str(raised.value) == f"{name} cannot be assigned a float: {ATTRIBUTES[name].note}"
+    assert str(raised.value) == f"{name} cannot be assigned 'float': {ATTRIBUTES[name].note}"
     assert drop_in.drops(name, None)
     assert drop_in.drops(name, False)
 
 
 def test_the_pipeline_refuses_assignments_without_effect(pipe: fastldm.Pipeline) -> None:
-    with pytest.raises(RefusedError, match=r"_interrupt cannot be assigned a bool: .*CancelToken"):
+    with pytest.raises(RefusedError, match=r"_interrupt cannot be assigned 'bool': .*CancelToken"):
         pipe._interrupt = True
     pipe._interrupt = False
     assert not hasattr(pipe, "_interrupt")

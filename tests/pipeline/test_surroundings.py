@@ -44,13 +44,17 @@ def test_autocast_around_a_call_changes_nothing(pair: Callable[..., Pair]) -> No
 
 def test_an_exception_that_the_caller_is_handling_keeps_its_frames(pair: Callable[..., Pair]) -> None:
     fast = pair().fast
-    with pytest.raises(RuntimeError) as own:
+
+    def handled() -> None:
         try:
             torch.nn.Linear(2, 2)(torch.zeros(3))
         except RuntimeError:
             with pytest.raises(fastldm.Error):
                 fast("a cat", height=3)
             raise
+
+    with pytest.raises(RuntimeError) as own:
+        handled()
     assert all(frame.f_locals for frame, _ in traceback.walk_tb(own.tb))
 
 

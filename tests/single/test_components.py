@@ -274,7 +274,7 @@ REFUSED: dict[str, tuple[str, Callable[[Sample], Any], str]] = {
     "the U-Net of diffusers": ("vae", lambda made: made.ref.unet, "UNet2DConditionModel"),
     "the tiny autoencoder": ("vae", lambda made: diffusers.AutoencoderTiny(), "_class_name = 'AutoencoderTiny'"),
     "the VAE as text encoder": ("text_encoder", lambda made: made.ref.vae, "'AutoencoderKL' is not supported"),
-    "a module without configuration": ("vae", lambda made: torch.nn.Linear(2, 2), "a Linear has no configuration"),
+    "a module without configuration": ("vae", lambda made: torch.nn.Linear(2, 2), "'Linear' has no configuration"),
     "our U-Net": ("vae", lambda made: made.fast().unet, "is of class UNet, and must be"),
     "our VAE as text encoder": ("text_encoder", lambda made: made.fast().vae, "must be of TextEncoder"),
     "our VAE as U-Net": ("unet", lambda made: made.fast().vae, "is of class AutoencoderKL, and must be of UNet"),
