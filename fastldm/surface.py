@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from io import StringIO
+from threading import RLock
 from typing import Any, Self
 
 import torch
@@ -229,7 +230,7 @@ class Surface:
     def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
         """tqdm's bar, on terminals alone, with what `set_progress_bar_config` says."""
         on_a_terminal = sys.stderr is not None and sys.stderr.isatty()
-        return tqdm(iterable, **{"total": total, "disable": not on_a_terminal, "leave": False, **self._bar})
+        return _Bar(iterable, **{"total": total, "disable": not on_a_terminal, "leave": False, **self._bar})
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options of tqdm, such as disable=True, for the calls that follow. Raises `ArgumentError` naming one."""
@@ -264,6 +265,17 @@ class Surface:
     def __getattr__(self, name: str) -> Any:
         """What else diffusers' pipelines have: it does nothing and says so, or is refused; see docs/drop-in.md."""
         return drop_in.attribute(name, known=dir(type(self)))
+
+
+class _Bar(tqdm):  # type: ignore[misc]
+    """With a lock of its own: tqdm has one for the process, and a Ctrl-C that leaves it held would stop later calls."""
+
+    monitor_interval = 0  # no thread that would wait for it
+    _lock = RLock()
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._lock = RLock()
+        super().__init__(*args, **options)
 
 
 _BAR = tuple(sorted(set(inspect.signature(tqdm.__init__).parameters) - {"self", "iterable", "total", "kwargs"}))

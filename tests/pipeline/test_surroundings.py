@@ -90,3 +90,14 @@ def test_from_pipe_takes_samplers_by_name_and_no_other_model(pair: Callable[...,
     with pytest.raises(fastldm.Error) as caught:
         fastldm.Pipeline.from_pipe(fast, model=pair().folder)
     assert caught.value.field == "model"
+
+
+def test_the_bar_waits_for_nobody(pair: Callable[..., Pair]) -> None:
+    """tqdm's lock of the process may be held for ever by whom a signal reached in its midst."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from tqdm import tqdm
+
+    fast = pair().fast
+    with ThreadPoolExecutor(1) as pool, tqdm.get_lock():
+        assert pool.submit(paint, fast, **CALL).result(timeout=60) is not None
