@@ -246,9 +246,12 @@ class Pipeline(Surface):
             cancel=cancel,
         )
         outer = sys.exception()  # what the caller is handling
+        grad, autocast = torch.is_grad_enabled(), torch.is_autocast_enabled(self.device.type)
         try:
             return self._called(given, scheduler)
         except BaseException as error:
+            torch.set_grad_enabled(grad)  # a signal may have come while torch was about to
+            torch.set_autocast_enabled(self.device.type, autocast)
             _forget(error, outer)
             raise
 

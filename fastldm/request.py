@@ -363,9 +363,7 @@ def _callback(geometry: Geometry, task: Task, given: Arguments) -> tuple[Callbac
     function, name = given.callback_on_step_end, "callback_on_step_end_tensor_inputs"
     if function is not None and not callable(function):
         raise wrong("callback_on_step_end", function, "must be callable")
-    names: Any = given.callback_on_step_end_tensor_inputs
-    if hasattr(type(function), "tensor_inputs"):
-        names = function.tensor_inputs  # type: ignore[union-attr]
+    names: Any = getattr(function, "tensor_inputs", given.callback_on_step_end_tensor_inputs)
     if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
         raise wrong(name, names, "must be a list of names")
     strange = [n for n in names if n not in CALLBACK_TENSORS[task]]
