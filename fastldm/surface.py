@@ -241,7 +241,7 @@ class Surface:
         if not callable(getattr(options.get("file") or StringIO(), "write", None)):
             raise wrong("file", options["file"], "must be a file to write to")
         try:
-            tqdm([], **{**options, "file": StringIO(), "disable": False}).close()
+            _Bar([], **{**options, "file": StringIO(), "disable": False}).close()
         except Exception as error:
             raise ArgumentError(f"set_progress_bar_config: {brief(options)}: {error}", field="options") from error
         self._bar = options
