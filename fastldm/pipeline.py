@@ -304,9 +304,6 @@ def _table(config: SchedulerConfig, asked: Request) -> SamplerTable:
 
 def _call(asked: Request, table: SamplerTable, how: Decoding, window: int) -> memory.Call:
     """What its memory depends on. window: tokens of a prompt in words."""
-    encodes = 0 if asked.source is None else len(asked.source.pixels)
-    if isinstance(asked.generator, list) and asked.task == "image_to_image":
-        encodes = asked.batch
     return memory.Call(
         batch=asked.batch,
         branches=asked.scales.branches,
@@ -315,7 +312,7 @@ def _call(asked: Request, table: SamplerTable, how: Decoding, window: int) -> me
         steps=table.rows,
         slicing=how.slicing,
         tiling=how.tiling,
-        encodes=encodes,
+        encodes=0 if asked.source is None else len(asked.source.pixels),
         tokens=window if asked.words.embeds is None else asked.words.embeds.shape[1],
         plans=1 if asked.callback is None else 2,
         output_type=asked.output_type,

@@ -7,8 +7,10 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from io import StringIO
+from itertools import count
 from threading import RLock
-from typing import Any, Self
+from typing import Any, ClassVar, Self
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -268,14 +270,26 @@ class Surface:
 
 
 class _Bar(tqdm):  # type: ignore[misc]
-    """With a lock of its own: tqdm has one for the process, and a Ctrl-C that leaves it held would stop later calls."""
+    """
+    With locks and a list of bars of its own. tqdm has one of each for the process: a Ctrl-C or a failing write leaves
+    its lock held and would stop later calls, and its list must not be walked while a bar begins in another thread.
+    """
 
-    monitor_interval = 0  # no thread that would wait for it
-    _lock = RLock()
+    monitor_interval = 0  # no thread that would wait for the lock
+    _lock = RLock()  # of the list
+    _instances: ClassVar[WeakSet[tqdm]] = WeakSet()
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        self._lock = RLock()
-        super().__init__(*args, **options)
+        self._lock = RLock()  # of what this bar writes
+        with type(self)._lock:
+            super().__init__(*args, **options)
+
+    @classmethod
+    def _get_free_pos(cls, instance: tqdm | None = None) -> int:
+        """The first line free of our bars below the caller's own."""
+        with cls._lock:
+            taken = {abs(bar.pos) for bar in cls._instances if bar is not instance and hasattr(bar, "pos")}
+            return next(line for line in count(len(tqdm._instances)) if line not in taken)
 
 
 _BAR = tuple(sorted(set(inspect.signature(tqdm.__init__).parameters) - {"self", "iterable", "total", "kwargs"}))

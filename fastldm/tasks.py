@@ -44,10 +44,10 @@ class Studio:
         return self.engine.vae.to_latents(mean + std * epsilon)
 
     def _draw_for(self, shape: torch.Size) -> Tensor:
-        """Noise for n pictures; but for a batch of them where each of its images has a seed of its own."""
-        generator = self.request.generator
-        if self.request.seeded:
-            return noise.draw((self.request.batch, *shape[1:]), generator, device=self.engine.device)
+        """Noise for n pictures; for a batch of them with seeds, and in image to image with a list of generators."""
+        r, generator = self.request, self.request.generator
+        if r.seeded or (r.task == "image_to_image" and isinstance(generator, list)):
+            return noise.draw((r.batch, *shape[1:]), generator, device=self.engine.device)
         if isinstance(generator, list) and len(generator) > 1:
             generator = generator[: shape[0]]
         return noise.draw(shape, generator, device=self.engine.device)
@@ -59,10 +59,7 @@ class Studio:
         return self._job(states, self.table.start[1] * first)
 
     def image_to_image(self, states: Tensor, source: Source) -> Job:
-        pixels = source.pixels
-        if isinstance(self.request.generator, list):
-            pixels = repeated(pixels, self.request.batch)
-        z0 = repeated(self.encoded(2 * pixels - 1), self.request.batch)
+        z0 = repeated(self.encoded(2 * source.pixels - 1), self.request.batch)
         return self._job(states, self._noised(z0, self.draw()))
 
     def inpaint(self, states: Tensor, source: Source) -> Job:
@@ -94,8 +91,11 @@ class Studio:
     # ----------------------------------------------------------------------------------------------------- their parts
 
     def _posterior(self, pixels: Tensor) -> Posterior:
-        self.request.cancel.check()
-        return self.engine.encode_image(pixels, slicing=self.slicing, tiling=self.tiling)
+        parts = []
+        for part in pixels.split(1 if self.slicing else len(pixels)):
+            self.request.cancel.check()
+            parts.append(self.engine.encode_image(part, tiling=self.tiling))
+        return Posterior(*map(torch.cat, zip(*parts, strict=True)))
 
     def _first_noise(self) -> Tensor:
         given = self.request.latents

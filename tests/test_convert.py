@@ -21,6 +21,7 @@ from torch import Tensor
 import fastldm
 from fastldm.assemble import Asked
 from fastldm.convert import convert
+from fastldm.weights import write
 from tests import oracle
 from tests.single import disk, models
 from tests.single.models import (
@@ -539,12 +540,17 @@ def test_too_little_room_is_noticed_first(made: Sample, tmp_path: Path, monkeypa
     assert not os.listdir(tmp_path)
 
 
-def test_a_read_only_place(made: Sample, tmp_path: Path) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("root may write anywhere")
-    tmp_path.chmod(0o500)
-    with pytest.raises(fastldm.Error, match="cannot be written: Permission denied"):
-        converted(made.folder, tmp_path / "out")
+@pytest.mark.parametrize("out", OUTS)
+def test_a_read_only_place(made: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str) -> None:
+    def denied(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", denied)
+    monkeypatch.setattr(write, "open", denied, raising=False)
+    with pytest.raises(fastldm.Error, match=f"{out} cannot be written: Permission denied") as caught:
+        converted(made.folder, tmp_path / out)
+    assert caught.value.field == "out"
+    assert not os.listdir(tmp_path)
 
 
 def test_a_source_that_is_damaged_leaves_nothing(made: Sample, tmp_path: Path) -> None:

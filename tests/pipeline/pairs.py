@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 import fastldm
@@ -66,4 +66,18 @@ def make(folder: Path, model: str = "sd1", scheduler: str = "ddim", *, levels: i
     ref = oracle.stable_diffusion(unet, prediction_type=prediction_type, levels=levels)
     ref.scheduler = SCHEDULERS[scheduler].from_config(ref.scheduler.config)
     oracle.saved(ref, folder)
+    return Pair(ref, fastldm.Pipeline(folder), folder)
+
+
+def of_task(channels: int, kind: Any, unet: dict[str, Any], folder: Path) -> Pair:
+    """kind: the class of diffusers' pipeline. channels: that its U-Net reads."""
+    parts = dict(oracle.stable_diffusion().components)
+    parts.pop("image_encoder")
+    torch.manual_seed(1)
+    parts["unet"] = UNet2DConditionModel(
+        in_channels=channels, out_channels=4, cross_attention_dim=24, sample_size=16, **unet
+    )
+    oracle.saved(kind(**parts, requires_safety_checker=False), folder)
+    ref = kind.from_pretrained(folder, safety_checker=None)  # so that both read the same scheduler_config.json
+    ref.set_progress_bar_config(disable=True)
     return Pair(ref, fastldm.Pipeline(folder), folder)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import PIL.Image
+import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from fastldm import Pipeline
+from fastldm.model.unet import UNet
 from tests import oracle
 
 WIDTH = 24  # of a token's embedding
@@ -18,6 +22,14 @@ UNET = {
     "attention_head_dim": 2,
     "layers_per_block": 1,
     "norm_num_groups": 2,
+}
+CALL: dict[str, Any] = {"prompt": "the red cat", "seed": 1, "num_inference_steps": 3, "output_type": "pt"}
+NEXT: dict[str, Any] = {
+    "prompt": "a",
+    "seed": 2,
+    "num_inference_steps": 1,
+    "guidance_scale": 1,
+    "output_type": "latent",
 }
 
 
@@ -40,3 +52,21 @@ def reference(channels: int = 4) -> StableDiffusionPipeline:
 def make(folder: Path, channels: int = 4) -> Pipeline:
     """Of 8 × 8 pixels, where nobody says otherwise."""
     return Pipeline(oracle.saved(reference(channels), folder))
+
+
+def quick(patch: pytest.MonkeyPatch) -> None:
+    """A known function in place of the network, so that thousands of rows take seconds: the loop is what is tested."""
+    patch.setattr(UNet, "forward", lambda self, x, modulation, context: 0.3 * x[:, :4] + 0.1)
+
+
+def pictures(task: str) -> dict[str, Any]:
+    """The arguments that make a call one of that task."""
+    image, mask = PIL.Image.new("RGB", (8, 8), (9, 90, 200)), PIL.Image.new("L", (8, 8), 255)
+    inpaint = {"image": image, "mask_image": mask}
+    tasks: dict[str, dict[str, Any]] = {
+        "text": {},
+        "image": {"image": image},
+        "inpaint": {**inpaint, "strength": 0.5},
+        "inpaint from noise": inpaint,
+    }
+    return tasks[task]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import diffusers
@@ -13,9 +14,9 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGCutoffCallback
 from torch import Tensor
 
-import fastldm
 from fastldm.errors import ArgumentError
 from tests import oracle
+from tests.pipeline import pairs
 from tests.pipeline.pairs import Pair, generators
 from tests.tasks.conftest import CLASSES, noise_picture
 
@@ -67,23 +68,7 @@ CALLS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
     """model(task): diffusers' pipeline of that task and ours, from one folder, made once."""
-    made: dict[str, Pair] = {}
-
-    def get(task: str) -> Pair:
-        if task not in made:
-            channels, kind = MODELS[task]
-            parts = dict(oracle.stable_diffusion().components)
-            parts.pop("image_encoder")
-            torch.manual_seed(1)
-            parts["unet"] = diffusers.UNet2DConditionModel(
-                in_channels=channels, out_channels=4, cross_attention_dim=24, sample_size=16, **TINY
-            )
-            ref = kind(**parts, requires_safety_checker=False)
-            folder = oracle.saved(ref, tmp_path_factory.mktemp(task))
-            made[task] = Pair(ref, fastldm.Pipeline(folder), folder)
-        return made[task]
-
-    return get
+    return cache(lambda task: pairs.of_task(*MODELS[task], TINY, tmp_path_factory.mktemp(task)))
 
 
 @dataclass

@@ -20,15 +20,8 @@ from fastldm.model.vae import AutoencoderKL
 from fastldm.runtime.engine import Engine
 from fastldm.runtime.plan import Plan
 from tests.pipeline import smallest
+from tests.pipeline.smallest import CALL, NEXT
 
-CALL: dict[str, Any] = {"prompt": "the red cat", "seed": 1, "num_inference_steps": 3, "output_type": "pt"}
-NEXT: dict[str, Any] = {
-    "prompt": "a",
-    "seed": 2,
-    "num_inference_steps": 1,
-    "guidance_scale": 1,
-    "output_type": "latent",
-}
 ROW, TEXT, DECODE = Plan.replay.__code__, Engine.encode_text.__code__, AutoencoderKL.decode.__code__
 
 
@@ -168,6 +161,23 @@ def test_r07_from_the_callback(pipe: fastldm.Pipeline, last: int) -> None:
     with pytest.raises(fastldm.Cancelled):
         pipe(**CALL, cancel=token, callback_on_step_end=after_row)
     assert rows == list(range(last + 1))
+
+
+@pytest.mark.parametrize("half", ["_moments", "_image"], ids=["encoded", "decoded"])
+def test_r07_between_the_images_of_a_batch(pipe: fastldm.Pipeline, monkeypatch: pytest.MonkeyPatch, half: str) -> None:
+    """The autoencoder takes one at a time, as long as it slices; the token is cancelled in the second of three."""
+    token, sizes, work = fastldm.CancelToken(), [], getattr(AutoencoderKL, half)
+
+    def cancelling(self: AutoencoderKL, x: Tensor) -> Tensor:
+        sizes.append(len(x))
+        if len(sizes) == 2:
+            token.cancel()
+        return work(self, x)
+
+    monkeypatch.setattr(AutoencoderKL, half, cancelling)
+    with pytest.raises(fastldm.Cancelled):
+        pipe(**CALL | {"prompt": ["a", "b", "c"]}, image=torch.zeros(3, 3, 8, 8), cancel=token)
+    assert sizes == [1, 1]
 
 
 def test_r07_a_token_stays_cancelled(pipe: fastldm.Pipeline) -> None:

@@ -7,11 +7,14 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import fastldm
 from fastldm.errors import RefusedError
@@ -94,10 +97,41 @@ def test_from_pipe_takes_samplers_by_name_and_no_other_model(pair: Callable[...,
 
 def test_the_bar_waits_for_nobody(pair: Callable[..., Pair]) -> None:
     """tqdm's lock of the process may be held for ever by whom a signal reached in its midst."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    from tqdm import tqdm
-
     fast = pair().fast
     with ThreadPoolExecutor(1) as pool, tqdm.get_lock():
         assert pool.submit(paint, fast, **CALL).result(timeout=60) is not None
+
+
+def test_bars_begin_and_end_in_many_threads_beside_the_callers_own(
+    pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = pair().fast
+    monkeypatch.setattr(fast, "_bar", {"file": StringIO()})
+
+    def ours(seed: int) -> None:
+        for k in range(150):
+            fast.set_progress_bar_config(file=StringIO(), disable=bool((k + seed) % 2))
+            with fast.progress_bar(total=2) as bar:
+                bar.update()
+
+    def theirs() -> None:
+        for _ in range(150):
+            tqdm(total=2, file=StringIO()).close()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            for done in [*(pool.submit(ours, k) for k in range(4)), pool.submit(theirs), pool.submit(theirs)]:
+                done.result(timeout=60)
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_a_bar_is_drawn_below_those_that_are_there(pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = pair().fast
+    monkeypatch.setattr(fast, "_bar", {"file": StringIO(), "disable": False})
+    with tqdm(total=1, file=StringIO()), fast.progress_bar(total=1) as first, fast.progress_bar(total=1) as second:
+        assert (first.pos, second.pos) == (1, 2)
+    with fast.progress_bar(total=1) as alone:
+        assert alone.pos == 0

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import diffusers
 import numpy as np
 import PIL.Image
 import pytest
-import torch
 
-import fastldm
 from tests import oracle
+from tests.pipeline import pairs
 from tests.pipeline.pairs import Pair
 
 WIDTH, HEIGHT = 48, 32
@@ -27,25 +27,7 @@ CLASSES = {
 @pytest.fixture(scope="session")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
     """task(name): diffusers' pipeline of that task and ours, from one folder, made once."""
-    made: dict[str, Pair] = {}
-
-    def get(name: str) -> Pair:
-        if name not in made:
-            channels, kind = CLASSES[name]
-            parts = dict(oracle.stable_diffusion().components)
-            parts.pop("image_encoder")
-            torch.manual_seed(1)
-            parts["unet"] = diffusers.UNet2DConditionModel(
-                in_channels=channels, out_channels=4, cross_attention_dim=24, sample_size=16, **oracle.SD1
-            )
-            ref = kind(**parts, requires_safety_checker=False)
-            folder = oracle.saved(ref, tmp_path_factory.mktemp(name))
-            ref = kind.from_pretrained(folder, safety_checker=None)  # so that both read the same scheduler_config.json
-            ref.set_progress_bar_config(disable=True)
-            made[name] = Pair(ref, fastldm.Pipeline(folder), folder)
-        return made[name]
-
-    return get
+    return cache(lambda name: pairs.of_task(*CLASSES[name], oracle.SD1, tmp_path_factory.mktemp(name)))
 
 
 @pytest.fixture(scope="session")
