@@ -6,7 +6,7 @@ image: .venv/.installed
 	.venv/bin/python examples/first_image.py
 
 test: .venv/.installed
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2
 
 check: .venv/.installed
 	.venv/bin/python -m ruff format --check .

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -264,7 +265,7 @@ def test_completion_of_samplers_choices_and_paths() -> None:
 def test_bash_completes(here: Path) -> None:
     """The script, in a real bash, with a command of that name on the path."""
     (here / "bin").mkdir()
-    (here / "bin/fastldm").write_text(f'#!/bin/sh\nexec {" ".join(COMMAND)} "$@"\n')
+    (here / "bin/fastldm").write_text(f'#!/bin/sh\nexec {shlex.join(COMMAND)} "$@"\n')
     (here / "bin/fastldm").chmod(0o755)
     script = """
         PATH="$PWD/bin:$PATH"; eval "$(fastldm completion bash)"

@@ -108,7 +108,7 @@ def commands() -> list[str]:
 def test_the_readme_has_two_commands_of_one_line_each() -> None:
     image, test = commands()
     assert image.endswith("examples/first_image.py")
-    assert test.endswith("-m pytest")
+    assert test.endswith("-m pytest -n 2")
     assert "\n" not in image + test
 
 
