@@ -1,6 +1,10 @@
 # One word for each duty. Every recipe is one line that works without make, too, once .venv is there (see README.md).
 
-.PHONY: image test check bench gpu-test gpu-bench gpu-latency
+OUT ?= benchmarks/results/h200
+GPU_PYTHON ?= python3
+GPU_TARGET ?= 90
+
+.PHONY: image test check bench gpu-test gpu-bench gpu-latency ready compile-all
 
 image: .venv/.installed
 	.venv/bin/python examples/first_image.py
@@ -17,11 +21,20 @@ check: .venv/.installed
 bench: .venv/.installed
 	.venv/bin/python benchmarks/latency.py
 
-gpu-test: .venv/.installed
-	.venv/bin/python -m pytest -m gpu
+gpu-test: ready
+	FASTLDM_TESTS=gpu $(GPU_PYTHON) -m pytest -m gpu tests/kernels/test_gpu.py
 
-gpu-bench:
-	@echo "gpu-bench: not built yet: there are no kernels to measure" >&2; exit 1
+gpu-bench: ready
+	$(GPU_PYTHON) benchmarks/kernels.py --seconds 480 --out $(OUT)/kernels.jsonl
+
+# The machine with the GPU has torch, triton and the like of its own, and need not be on a network. Editable, as the
+# folder fastldm/ here, which Python finds first, is without fastldm.kernels.
+ready:
+	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(GPU_PYTHON) -m tests.kernels.offline $(GPU_TARGET) --jobs $$(nproc) >/dev/null  # into Triton's cache, side by side
+
+compile-all: .venv/.installed
+	.venv/bin/python -m tests.kernels.offline 80 86 89 90 100 --jobs 2
 
 gpu-latency:
 	@echo "gpu-latency: not built yet: benchmarks/latency.py runs on the CPU alone" >&2; exit 1

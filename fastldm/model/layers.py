@@ -52,10 +52,11 @@ class Linear(nn.Module):
 
 
 class Conv2d(nn.Module):
-    """weight (c_out, c_in, k, k), channels_last; bias (c_out,)."""
+    """weight (c_out, c_in, k, k), channels_last; bias (c_out,). normed: a group norm may read what it writes."""
 
-    def __init__(self, c_in: int, c_out: int, kernel: int) -> None:
+    def __init__(self, c_in: int, c_out: int, kernel: int, *, normed: bool = True) -> None:
         super().__init__()
+        self.normed = normed
         self.weight = empty(c_out, c_in, kernel, kernel)
         self.bias = empty(c_out)
 
@@ -80,7 +81,7 @@ class Conv2d(nn.Module):
             stride=stride,
             pad=pad,
             upsample=upsample,
-            want_stats=True,
+            want_stats=self.normed,
         )
         return Map(y, stats)
 
@@ -123,7 +124,7 @@ class ResBlock(nn.Module):
         self.conv1 = Conv2d(c_in, c_out, 3)
         self.norm2 = GroupNorm(c_out, groups, eps)
         self.conv2 = Conv2d(c_out, c_out, 3)
-        self.conv_shortcut = Conv2d(c_in, c_out, 1) if c_in != c_out else None
+        self.conv_shortcut = Conv2d(c_in, c_out, 1, normed=False) if c_in != c_out else None
         self.columns: slice | None = None  # of the modulation, where there is one
 
     def forward(self, h: Map, skip: Map | None = None, modulation: Tensor | None = None) -> Map:

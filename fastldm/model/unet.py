@@ -61,7 +61,7 @@ class UNet(nn.Module):
         self.mid_block = _middle(config) if config.mid_depth is not None else None
         self.up_blocks = _way_up(config, skips=_skip_channels(config.down), channels=last)
         self.conv_norm_out = GroupNorm(config.up[-1].channels, config.groups, config.eps)
-        self.conv_out = Conv2d(config.up[-1].channels, config.out_channels, 3)
+        self.conv_out = Conv2d(config.up[-1].channels, config.out_channels, 3, normed=False)
         self._pack_time_projections()
         self._pack_context_projections()
 

@@ -34,8 +34,8 @@ class AutoencoderKL(nn.Module):
         self.config = config
         z = config.latent_channels
         self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.quant_conv = Conv2d(2 * z, 2 * z, 1) if config.quant_conv else None
-        self.post_quant_conv = Conv2d(z, z, 1) if config.post_quant_conv else None
+        self.quant_conv = Conv2d(2 * z, 2 * z, 1, normed=False) if config.quant_conv else None
+        self.post_quant_conv = Conv2d(z, z, 1, normed=False) if config.post_quant_conv else None
 
     def to_latents(self, z: Tensor) -> Tensor:
         return (z - self.config.shift_factor) * self.config.scaling_factor
@@ -89,7 +89,7 @@ class Encoder(nn.Module):
         )
         self.mid_block = Middle(c[-1], config)
         self.conv_norm_out = GroupNorm(c[-1], config.groups, EPS)
-        self.conv_out = Conv2d(c[-1], 2 * config.latent_channels, 3)
+        self.conv_out = Conv2d(c[-1], 2 * config.latent_channels, 3, normed=False)
 
     def forward(self, h: Map) -> Map:
         h = self.conv_in(h)
@@ -109,7 +109,7 @@ class Decoder(nn.Module):
             for i, (ci, co) in enumerate(zip(c[:1] + c[:-1], c, strict=True))
         )
         self.conv_norm_out = GroupNorm(c[-1], config.groups, EPS)
-        self.conv_out = Conv2d(c[-1], config.out_channels, 3)
+        self.conv_out = Conv2d(c[-1], config.out_channels, 3, normed=False)
 
     def forward(self, h: Map) -> Map:
         h = self.conv_in(h)
