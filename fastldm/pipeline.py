@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastldm import drop_in, request, tasks, text
-from fastldm.arguments import Arguments, Generators
+from fastldm.arguments import MAX_IMAGES, Arguments, Generators, integer
 from fastldm.asked import NEEDED, Asked
 from fastldm.assemble import assemble
 from fastldm.callback import Watched
@@ -25,10 +25,11 @@ from fastldm.components import Decoding
 from fastldm.errors import ArgumentError, FileError, brief
 from fastldm.image import Images, to_output, to_unit
 from fastldm.request import Callback, Request
-from fastldm.runtime import memory
+from fastldm.runtime import explain, memory
 from fastldm.runtime.build import engine_from, planned
 from fastldm.runtime.engine import Engine, Run
-from fastldm.runtime.place import asked_device, asked_dtype
+from fastldm.runtime.place import asked_device, asked_dtype, device_type
+from fastldm.runtime.plan import Shape
 from fastldm.sampling import SamplerTable, SchedulerConfig, noise, sampler_table
 from fastldm.sampling.choice import chosen
 from fastldm.surface import Surface, geometry
@@ -254,6 +255,27 @@ class Pipeline(Surface):
             torch.set_autocast_enabled(self.device.type, autocast)
             _forget(error, outer)
             raise
+
+    def explain(
+        self,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int = 1,
+        device: str | torch.device | None = None,
+    ) -> None:
+        """Prints which implementation `ops.using("auto")` chooses for each op of a call with guidance, and why.
+
+        Nothing is computed. device: "cpu" or "cuda", which need not be there; the pipeline's own where None.
+        Raises `ArgumentError` naming the argument.
+        """
+        engine = self._engine
+        model = geometry(engine, self._tokenizer)
+        side = [n // model.factor for n in request.pixels(model, height, width)]
+        images = integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
+        branches = 3 if model.task == "instruct" else 2
+        shape = Shape(images, branches, side[0], side[1], self._tokenizer.length)
+        print(explain.table(list(explain.explained(engine, shape, device_type(device) or engine.device.type))))
 
     def _called(self, given: Arguments, scheduler: object) -> PipelineOutput:
         """What of the pipeline may change is read once, so that who changes it does so for the next call."""

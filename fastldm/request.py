@@ -176,7 +176,7 @@ def checked(geometry: Geometry, given: Arguments) -> Request:
     steps, timesteps, sigmas = _schedule(defaults, given)
     scales = _scales(task, defaults, given)
     check_lengths(geometry, words, guided=scales.branches > 1)
-    size = _size(geometry, given)
+    size = pixels(geometry, given.height, given.width)
     source = _source(geometry, task, defaults, given, size)
     if source is not None:
         if len(source.pixels) not in (1, words.count):
@@ -386,15 +386,16 @@ def _cancel(value: object) -> CancelToken:
 # --------------------------------------------------------------------------------------------------- images and latents
 
 
-def _size(geometry: Geometry, given: Arguments) -> tuple[int, int]:
+def pixels(geometry: Geometry, height: object, width: object) -> tuple[int, int]:
+    """(height, width) of an image; the model's own side where None. Raises `ArgumentError` naming the argument."""
     sides = []
-    for name, value in (("height", given.height), ("width", given.width)):
+    for name, value in (("height", height), ("width", width)):
         side = geometry.side if value is None else integer(name, value, geometry.factor, MAX_SIDE)
         if side % geometry.factor:
             raise wrong(name, value, f"must be a multiple of {geometry.factor}")
         sides.append(side)
     if sides[0] * sides[1] > MAX_PIXELS:
-        raise wrong("height", given.height, f"{sides[0]}×{sides[1]} is over {MAX_PIXELS} pixels")
+        raise wrong("height", height, f"{sides[0]}×{sides[1]} is over {MAX_PIXELS} pixels")
     return sides[0], sides[1]
 
 

@@ -29,7 +29,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-IMPLEMENTATIONS = ("reference",)
+IMPLEMENTATIONS = ("reference", "fused", "auto")
 OPS = (
     "attention",
     "group_norm",

@@ -27,6 +27,22 @@ def asked_dtype(torch_dtype: object = None, dtype: object = None) -> torch.dtype
 
 def asked_device(value: object) -> torch.device | None:
     """The device, a GPU with its number; None where none is given."""
+    device = _device(value)
+    if device is None or device.type == "cpu":
+        return device
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise ArgumentError(f"device = {brief(value)}: there are {count} GPUs here", field="device")
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+
+
+def device_type(value: object) -> str | None:
+    """ "cpu" or "cuda", whether it is there or not; None where none is given."""
+    device = _device(value)
+    return None if device is None else device.type
+
+
+def _device(value: object) -> torch.device | None:
     if value is None:
         return None
     try:
@@ -35,12 +51,7 @@ def asked_device(value: object) -> torch.device | None:
         device = None
     if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         raise ArgumentError(f'device = {brief(value)}: must be "cpu", "cuda" or "cuda:N"', field="device")
-    if device.type == "cpu":
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if (device.index or 0) >= count:
-        raise ArgumentError(f"device = {brief(value)}: there are {count} GPUs here", field="device")
-    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    return torch.device("cpu") if device.type == "cpu" else device
 
 
 def destination(*args: Any, **kwargs: Any) -> tuple[torch.device | None, torch.dtype | None]:
