@@ -1,7 +1,7 @@
 """How well a model paints the scenes: held-out captions are painted, looked at by the judge, and counted.
 
     python examples/shapes/evaluate.py MODEL [--captions 500] [--steps 20] [--guidance 7.5] [--sampler dpmpp_2m]
-        [--seed 0] [--batch 8] [--sheet out.png] [--json out.json] [--markdown out.md]
+        [--seed 0] [--batch 8] [--sheet out.png] [--json out.json] [--page page.md]
     python examples/shapes/evaluate.py guidance MODEL ...     the same at guidance 1, 3, 5, 7.5 and 15
     python examples/shapes/evaluate.py samplers MODEL ...     distances of latents to a 500-step solution
 
@@ -109,7 +109,7 @@ class Rate(NamedTuple):
         n, share = self.total, self.share
         middle = (share + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-        return middle - half, middle + half
+        return max(middle - half, 0.0), min(middle + half, 1.0)
 
     def __str__(self) -> str:
         low, high = self.interval()
@@ -324,7 +324,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=default.batch, help="pictures at once")
     parser.add_argument("--sheet", type=Path, help="a PNG file for the first pictures")
     parser.add_argument("--json", type=Path, help="a file for the figures")
-    parser.add_argument("--markdown", type=Path, help="a file for the table, which is printed besides")
+    parser.add_argument("--page", type=Path, help="a page with marks of this command, between which the table goes")
     options = parser.parse_args()
 
     how = Settings(options.steps, options.guidance, options.sampler, options.seed, options.batch)
@@ -338,11 +338,21 @@ def main() -> None:
     settings = {"command": options.command, "captions": len(asked), **vars(how)}
     if options.json:
         write(options.json, json.dumps({**settings, **figures}, indent=2) + "\n")
-    if options.markdown:
-        write(options.markdown, table)
+    if options.page:
+        write(options.page, rewritten(options.page.read_text(encoding="utf-8"), options.command, table))
     if options.sheet and cells:
         options.sheet.parent.mkdir(parents=True, exist_ok=True)
         sheet(cells, len(GUIDANCE) if options.command == "guidance" else SHEET_COLUMNS).save(options.sheet)
+
+
+def rewritten(page: str, command: str, table: str) -> str:
+    """The page with `table` between the marks of a command. Raises `ValueError` where it has none."""
+    begin, end = f"<!-- {command} -->\n", f"<!-- end of {command} -->"
+    before, begun, rest = page.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not begun or not ended:
+        raise ValueError(f"the page has no {begin.strip()} with {end} behind it")
+    return f"{before}{begin}\n{table}\n{end}{after}"
 
 
 def write(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -33,8 +33,9 @@ class Ema(Generic[Model]):
     @torch.no_grad()
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        for average, value in zip(self.model.parameters(), self.source.parameters(), strict=True):
-            average.lerp_(value, 1 - decay)
+        averages: list[Tensor] = list(self.model.parameters())
+        values: list[Tensor] = list(self.source.parameters())
+        torch._foreach_lerp_(averages, values, 1 - decay)
 
 
 def learning_rate(step: int, steps: int, *, peak: float, warmup: int, floor: float = 0.05) -> float:

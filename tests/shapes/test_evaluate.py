@@ -103,8 +103,9 @@ def test_frechet_distance_sees_what_is_spoilt() -> None:
 
 
 def test_the_report_of_a_model(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    out, table, page = tmp_path / "a" / "out.json", tmp_path / "b" / "table.md", tmp_path / "c" / "out.png"
-    files = ("--json", out, "--markdown", table, "--sheet", page)
+    out, page, drawn = tmp_path / "a" / "out.json", tmp_path / "page.md", tmp_path / "c" / "out.png"
+    page.write_text("before\n<!-- report -->\nold\n<!-- end of report -->\nbehind\n")
+    files = ("--json", out, "--page", page, "--sheet", drawn)
     run(monkeypatch, model, "--captions", 8, "--steps", 1, "--batch", 4, *files)
     figures = json.loads(out.read_text())
     assert {name: figures[name] for name in ("command", "captions", "steps", "guidance", "sampler", "seed")} == {
@@ -119,11 +120,21 @@ def test_the_report_of_a_model(model: Path, tmp_path: Path, monkeypatch: pytest.
     assert figures["rates"]["all"]["scene"]["of"] == 8
     assert figures["rates"]["all"]["scene"]["right"] == 0, "the weights are random"
     assert figures["frechet"] > 2 * figures["frechet_of_renders"] > 0
-    assert capsys.readouterr().out == table.read_text(encoding="utf-8")
-    assert table.read_text(encoding="utf-8").startswith("| of scenes | fully right | background | count | colour |")
-    with PIL.Image.open(page) as sheet:
+    table = capsys.readouterr().out
+    assert table.startswith("| of scenes | fully right | background | count | colour |")
+    marks = f"<!-- report -->\n\n{table}\n<!-- end of report -->"
+    assert page.read_text(encoding="utf-8") == f"before\n{marks}\nbehind\n"
+    with PIL.Image.open(drawn) as sheet:
         assert sheet.width == 8 * 140
         assert sheet.getpixel((3, 3)) == (255, 0, 0), "a wrong picture has a red frame"
+
+
+@pytest.mark.parametrize(
+    "page", ["", "<!-- report -->\n", "<!-- report --><!-- end of report -->", "<!-- guidance -->"]
+)
+def test_a_page_without_marks_is_an_error(page: str) -> None:
+    with pytest.raises(ValueError, match="the page has no <!-- report -->"):
+        evaluate.rewritten(page, "report", "table")
 
 
 def test_pictures_do_not_depend_on_the_batch(model: Path) -> None:

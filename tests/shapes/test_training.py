@@ -47,14 +47,12 @@ def autoencoder(*, steps: int = 6, batch: int = 2) -> train_autoencoder.Trainer:
     return train_autoencoder.Trainer(steps=steps, batch=batch, side=SIDE, seed=0)
 
 
-def denoiser(tmp_path: Path, *, steps: int = 6, batch: int = 4, min_snr: float | None = None) -> train_denoiser.Trainer:
+def denoiser(tmp_path: Path, *, steps: int = 6, batch: int = 4) -> train_denoiser.Trainer:
     vocabulary.write_tokenizer(tmp_path / "tokenizer")
     scenes = train_denoiser.scenes_of(0, 24)
     latents = np.random.default_rng(0).standard_normal((24, 4, 8, 8)).astype(np.float16)
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
-    return train_denoiser.Trainer(
-        scenes, latents, tokenizer, steps=steps, singles=3, batch=batch, seed=0, min_snr=min_snr
-    )
+    return train_denoiser.Trainer(scenes, latents, tokenizer, steps=steps, singles=3, batch=batch, seed=0)
 
 
 def tensors(state: Any) -> list[Tensor]:
@@ -101,8 +99,16 @@ def test_the_discriminators_gradient_is_a_part_of_the_reconstructions() -> None:
 
 def test_the_denoiser_learns(tmp_path: Path) -> None:
     trainer = denoiser(tmp_path, steps=30)
-    losses = [trainer.step(i)["loss"] for i in range(30)]
-    assert np.mean(losses[-8:]) < 0.9 * np.mean(losses[:5])
+    x0, texts = torch.from_numpy(trainer.latents).float(), [""] * len(trainer.latents)
+
+    @torch.no_grad()
+    def loss() -> float:
+        return trainer.loss(trainer.models, x0, texts, torch.Generator().manual_seed(1)).item()
+
+    before = loss()
+    for i in range(30):
+        trainer.step(i)
+    assert loss() < 0.9 * before
 
 
 def test_single_shapes_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,15 +142,39 @@ def test_some_captions_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert abs(dropped - train_denoiser.DROPOUT) < 4 * (0.1 * 0.9 / len(seen)) ** 0.5
 
 
-def test_min_snr_weighs_the_early_timesteps_less(tmp_path: Path) -> None:
-    plain, weighed = denoiser(tmp_path), denoiser(tmp_path, min_snr=5.0)
-    snr = plain.alphas / (1 - plain.alphas)
-    x0, texts = torch.from_numpy(plain.latents[:1]).float(), ["a red circle"]
+def test_timesteps_are_weighed_between_the_errors_of_noise_and_of_v(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = denoiser(tmp_path)
+    snr = trainer.alphas / (1 - trainer.alphas)
+    x0, texts = torch.from_numpy(trainer.latents[:1]).float(), ["a red circle"]
     for seed in range(8):
-        timestep = int(torch.randint(1000, (1,), generator=torch.Generator().manual_seed(seed)))
-        losses = [t.loss(t.models, x0, texts, torch.Generator().manual_seed(seed)).item() for t in (plain, weighed)]
-        weight = min(snr[timestep].item(), 5.0) / snr[timestep].item()
-        assert losses[1] / losses[0] == pytest.approx(weight, rel=1e-4)
+        timestep = int(train_denoiser.random_timesteps(1, 1000, torch.Generator().manual_seed(seed)))
+        weighed = trainer.loss(trainer.models, x0, texts, torch.Generator().manual_seed(seed)).item()
+        with monkeypatch.context() as patch:
+            patch.setattr(train_denoiser, "weight", torch.ones_like)
+            plain = trainer.loss(trainer.models, x0, texts, torch.Generator().manual_seed(seed)).item()
+        here = snr[timestep].item()
+        assert weighed / plain == pytest.approx((1 + 1 / here) ** 0.5 * min(1.0, 5.0 / here), rel=1e-4)
+
+
+def test_a_part_of_the_noise_is_common_to_a_channel(tmp_path: Path) -> None:
+    """Of 64 pixels, whose mean would else be known up to 1/8."""
+    trainer, seen = denoiser(tmp_path), []
+    unet = trainer.models["unet"]
+    unet.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[:2]))
+    trainer.loss(trainer.models, torch.zeros(400, 4, 8, 8), ["a red circle"] * 400, torch.Generator().manual_seed(0))
+    ((x, timesteps),) = seen
+    noise = x / (1 - trainer.alphas[timesteps]).sqrt()[:, None, None, None]
+    assert noise.mean((2, 3)).std().item() == pytest.approx((train_denoiser.OFFSET**2 + 1 / 64) ** 0.5, rel=0.06)
+
+
+def test_noisy_timesteps_are_drawn_more_often() -> None:
+    drawn = train_denoiser.random_timesteps(20_000, 1000, torch.Generator().manual_seed(0))
+    assert drawn.min() >= 0
+    assert drawn.max() == 999
+    for below in (150, 460, 770):
+        assert (drawn < below).float().mean().item() == pytest.approx((below / 1000) ** 1.5, abs=0.015)
 
 
 def test_scaled_latents_have_sds_spread_and_decode_to_the_same_picture() -> None:
