@@ -19,6 +19,13 @@ from tests.kernels.sizes import FIRST
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+GROUPS = (  # each a process of its own, which takes seconds to begin
+    ("conv2d",),
+    ("attention", "geglu", "timestep_embedding"),
+    ("linear", "group_norm", "layer_norm", "begin_row", "end_row"),
+)
+
+
 def made(module: str, *words: str) -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", module, *words]
@@ -29,19 +36,22 @@ def made(module: str, *words: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("op", REAL)
-def test_every_real_shape_on_sm_90(op: str) -> None:
-    rows = made("tests.kernels.offline", "90", "--op", op, "--dtype", "float16")
-    assert {row["shape"] for row in rows} == {f"{shape.model}: {shape.what}" for shape in REAL[op]}
+@pytest.mark.parametrize("ops", GROUPS, ids="+".join)
+def test_every_real_shape_on_sm_90(ops: tuple[str, ...]) -> None:
+    rows = made("tests.kernels.offline", "90", "--dtype", "float16", *(word for op in ops for word in ("--op", op)))
+    shapes = {(op, f"{shape.model}: {shape.what}") for op in ops for shape in REAL[op]}
+    assert {(row["op"], row["shape"]) for row in rows} == shapes
     assert not [row for row in rows if row["faults"]]
 
 
-@pytest.mark.parametrize(
-    ("target", "dtype"), [("80", "float16"), ("89", "float16"), ("90", "bfloat16"), ("100", "float16")]
-)
-def test_one_shape_of_each_op_elsewhere(target: str, dtype: str) -> None:
-    rows = made("tests.kernels.offline", target, "--first", "--dtype", dtype)
-    assert {row["op"] for row in rows} == set(REAL)
+def test_every_op_is_in_a_group() -> None:
+    assert sorted(op for ops in GROUPS for op in ops) == sorted(REAL)
+
+
+@pytest.mark.parametrize(("targets", "dtype"), [((80, 89, 100), "float16"), ((90,), "bfloat16")], ids=str)
+def test_one_shape_of_each_op_elsewhere(targets: tuple[int, ...], dtype: str) -> None:
+    rows = made("tests.kernels.offline", *map(str, targets), "--first", "--dtype", dtype)
+    assert {(row["target"], row["op"]) for row in rows} == {(target, op) for target in targets for op in REAL}
     assert not [row for row in rows if row["faults"]]
 
 
