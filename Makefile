@@ -35,6 +35,8 @@ ready:
 
 compile-all: .venv/.installed
 	.venv/bin/python -m tests.kernels.offline 80 86 89 90 100 --jobs 2
+	.venv/bin/python -m tests.kernels.offline 90 --dtype float32 --jobs 2
+	.venv/bin/python -m tests.kernels.offline 90 100 --tma --op geglu --op linear --op conv2d --jobs 2
 
 gpu-latency:
 	@echo "gpu-latency: not built yet: benchmarks/latency.py runs on the CPU alone" >&2; exit 1

@@ -4,11 +4,12 @@
     python benchmarks/kernels.py --check                               # no GPU: the work of each shape
     python benchmarks/kernels.py --page docs/performance.md --rows rows.jsonl      # no GPU: the page from the rows
 
-Arms: `kernel`; `reference`, the op in plain PyTorch (cuBLAS, cuDNN, channels_last); `compiled`, torch.compile of that,
-at the first shapes of each op; for attention PyTorch's backends by name. Each is captured in a CUDA graph that cycles
-through input sets larger than the L2 cache, so every call reads from memory. A row has the median microseconds of a
-call and its 20th and 80th percentile, TFLOP/s of useful work, GB/s of the inputs and outputs once each, the share that
-is of the best that this chip was seen to do in the same process (a large product, a large copy), and the root mean
+Arms: `kernel`, in the form that is its default at that shape; `kernel by TMA` or `kernel by pointers`, the other form
+where both are possible; `reference`, the op in plain PyTorch (cuBLAS, cuDNN, channels_last); `compiled`, torch.compile
+of that, at the first shapes of each op; for attention PyTorch's backends by name. Each is captured in a CUDA graph that
+cycles through input sets larger than the L2 cache, so every call reads from memory. A row has the median microseconds
+of a call and its 20th and 80th percentile, TFLOP/s of useful work, GB/s of the inputs and outputs once each, the share
+that is of the best that this chip was seen to do in the same process (a large product, a large copy), and the root mean
 square error against the op in float32. Rows are written as they come: a run that is cut short keeps what it measured.
 """
 
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.harness import machine
 from benchmarks.real_shapes import REAL, Arguments, Shape
+from fastldm.kernels import tuning
+from fastldm.kernels.launch import Unsupported, recording
 from fastldm.ops import reference
 
 DEVICE = "cuda"
@@ -53,13 +58,15 @@ BACKENDS = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+FORMS = {"kernel by TMA": True, "kernel by pointers": False}
 Arm = Callable[..., Any]
 
 
 def arms(op: str, *, compiled: bool) -> dict[str, Arm]:
-    kernel = getattr(importlib.import_module(f"fastldm.kernels.{op}"), op)
+    kernel = launcher(op)
     plain = getattr(reference, op)
     found: dict[str, Arm] = {"kernel": kernel, "reference": plain}
+    found |= {name: functools.partial(_in_form, kernel, tma) for name, tma in FORMS.items()}
     if op == "conv2d":  # no arm but the last is asked for statistics, which would be passes of their own
         found = {name: functools.partial(_without_statistics, arm) for name, arm in found.items()}
         plain = found["reference"]
@@ -69,6 +76,32 @@ def arms(op: str, *, compiled: bool) -> dict[str, Arm]:
     if op == "attention":
         found |= {name: functools.partial(_with_backend, backend) for name, backend in BACKENDS.items()}
     return found
+
+
+def launcher(op: str) -> Arm:
+    return getattr(importlib.import_module(f"fastldm.kernels.{op}"), op)
+
+
+def _in_form(arm: Arm, tma: bool, *arguments: Any, **options: Any) -> Any:
+    with tuning.tma(tma):
+        return arm(*arguments, **options)
+
+
+def other_form(op: str, shape: Shape, dtype: torch.dtype) -> str | None:
+    """The arm of the form that is not the default at that shape; None where there is one form."""
+    arguments, options = shape.make("meta", dtype)
+
+    def by_tma(form: AbstractContextManager[None]) -> bool:
+        with form, recording() as launches:
+            launcher(op)(*arguments, **options)
+        return any(isinstance(a, TensorDescriptor) for one in launches for a in one.arguments.values())
+
+    try:
+        default = by_tma(nullcontext())
+        other = by_tma(tuning.tma(not default))
+    except Unsupported:
+        return None
+    return None if other == default else next(name for name, tma in FORMS.items() if tma == other)
 
 
 def _without_statistics(arm: Arm, *arguments: Any, **options: Any) -> Any:
@@ -185,7 +218,10 @@ def rows(ops: list[str], dtype: torch.dtype, until: float) -> Iterator[dict[str,
     for index in range(max(len(REAL[op]) for op in ops)):
         for op in ops:
             for shape in REAL[op][index : index + 1]:
+                other = other_form(op, shape, dtype)
                 for name, arm in arms(op, compiled=index < COMPILED).items():
+                    if name in FORMS and name != other:
+                        continue
                     if time.monotonic() > until:
                         return
                     row = {"op": op, "model": shape.model, "shape": shape.what, "arm": name, "dtype": str(dtype)[6:]}
@@ -207,7 +243,7 @@ def tried(op: str, name: str, arm: Arm, shape: Shape, dtype: torch.dtype) -> dic
 def shown(row: Mapping[str, Any]) -> str:
     if "peak" in row:
         return f"peak: {row['peak']['tflops']:.0f} TFLOP/s, {row['peak']['gbps']:.0f} GB/s"
-    what = f"{row['op']:18} {row['model']:12} {row['shape']:34} {row['arm']:14}"
+    what = f"{row['op']:18} {row['model']:12} {row['shape']:34} {row['arm']:18}"
     if "failed" in row:
         return f"{what} {row['failed'][:60]}"
     return f"{what} {row['us']:9.1f} us {row['tflops']:7.1f} TFLOP/s {row['gbps']:7.0f} GB/s {row['of_peak']:5.0%}"

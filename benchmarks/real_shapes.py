@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastldm.kernels.conv2d import phase_weights
-from fastldm.ops import RowTables
+from fastldm.ops import RowTables, phase_weights
 
+VAE_SIDES = {"VAE 512²": 64, "VAE 768²": 96, "VAE 1024²": 128}  # of the latents
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Maker = Callable[[str, torch.dtype], Arguments]
 
@@ -101,7 +100,7 @@ ATTENTION = (
     ),
     *_self_of("SD 1.5 488×536", 2, (4087, 8, 40)),
     *_cross_of("SD 1.5 512², a long prompt", 24960, 154, (4096, 8, 40), (64, 8, 160)),
-    *_self_of("VAE 512²", 1, (4096, 1, 512)),
+    *(shape for model, side in VAE_SIDES.items() for shape in _self_of(model, 1, (side**2, 1, 512))),
     *_self_of("CLIP-L", 2, (77, 12, 64), causal=True),
     *_self_of("CLIP-H", 2, (77, 16, 64), causal=True),
     *_self_of("CLIP-G", 2, (77, 20, 64), causal=True),
@@ -182,8 +181,14 @@ LINEAR = (
         )
     ),
     *_linear_of("CLIP-G", "no bias", (2, 1280, 1280)),
-    *_linear_of("VAE 512²", "", (4096, 1536, 512)),
-    *_linear_of("VAE 512²", "residual", (4096, 512, 512)),
+    *(
+        shape
+        for model, side in VAE_SIDES.items()
+        for shape in (
+            *_linear_of(model, "", (side**2, 1536, 512)),
+            *_linear_of(model, "residual", (side**2, 512, 512)),
+        )
+    ),
 )
 
 
@@ -238,14 +243,19 @@ def _unet_maps(side: int, levels: int) -> tuple[tuple[int, tuple[int, ...]], ...
     return tuple((side >> level, widths) for level, widths in UNET_LEVELS if level < levels)
 
 
-VAE_MAPS = ((64, (512,)), (128, (512,)), (256, (512,)), (256, (256,)), (512, (256,)), (512, (128,)))
+# Times the latents' side, channels.
+VAE_MAPS = ((1, (512,)), (2, (512,)), (4, (512,)), (4, (256,)), (8, (256,)), (8, (128,)))
 GROUP_NORM = (
     *_group_norms("SD 1.5 512²", 2, _unet_maps(64, 4), known=False),
     *_group_norms("SD 1.5 512²", 2, ((64, (320,)), (64, (320, 320)), (32, (1280, 640))), known=True),
     *_group_norms("SD 2.1 768²", 2, _unet_maps(96, 4), known=False),
     *_group_norms("SDXL 1024²", 2, _unet_maps(128, 3), known=False),
     *_group_norms("SDXL 1024²", 2, ((128, (320,)), (128, (640, 320))), known=True),
-    *_group_norms("VAE 512²", 1, VAE_MAPS, known=False),
+    *(
+        shape
+        for model, side in VAE_SIDES.items()
+        for shape in _group_norms(model, 1, tuple((side * n, c) for n, c in VAE_MAPS), known=False)
+    ),
     *_group_norms("VAE 512²", 1, ((512, (128,)),), known=True),
     Shape("SD 1.5 512²", "2×320×64×64, before attention", partial(_group_norm, 2, 64, (320,), None, False)),
 )
@@ -301,28 +311,38 @@ UNET_CONVOLUTIONS = (
 )  # fmt: skip
 
 
-def _unet_convolutions(model: str, side: int, levels: int, most: int | None = None) -> tuple[Shape, ...]:
+def _unet_convolutions(model: str, side: int, levels: int) -> tuple[Shape, ...]:
     rows = (
         (side >> level, widths, c_out, taps, how)
         for level, widths, c_out, taps, how in UNET_CONVOLUTIONS
         if level < levels and (level < levels - 1 or "stride" not in how)
     )
-    return _convolutions(model, 2, islice(rows, most))
+    return _convolutions(model, 2, rows)
 
 
+# Times the latents' side, then as above.
 VAE_CONVOLUTIONS = (
-    (64, (512,), 512, 3, "residual"), (64, (512,), 512, 3, ""), (128, (512,), 512, 3, "residual"),
-    (128, (512,), 512, 3, ""), (256, (256,), 256, 3, "residual"), (256, (256,), 256, 3, ""),
-    (512, (128,), 128, 3, "residual"), (512, (128,), 128, 3, ""), (64, (512,), 512, 3, "enlarged in phases"),
-    (128, (512,), 512, 3, "enlarged in phases"), (256, (256,), 256, 3, "enlarged in phases"),
-    (256, (512,), 256, 3, ""), (512, (256,), 128, 3, ""), (256, (512,), 256, 1, ""), (512, (256,), 128, 1, ""),
-    (512, (128,), 3, 3, ""), (64, (4,), 512, 3, ""), (64, (4,), 4, 1, ""),
+    (1, (512,), 512, 3, "residual"), (1, (512,), 512, 3, ""), (2, (512,), 512, 3, "residual"), (2, (512,), 512, 3, ""),
+    (4, (256,), 256, 3, "residual"), (4, (256,), 256, 3, ""), (8, (128,), 128, 3, "residual"), (8, (128,), 128, 3, ""),
+    (1, (512,), 512, 3, "enlarged in phases"), (2, (512,), 512, 3, "enlarged in phases"),
+    (4, (256,), 256, 3, "enlarged in phases"), (4, (512,), 256, 3, ""), (8, (256,), 128, 3, ""),
+    (4, (512,), 256, 1, ""), (8, (256,), 128, 1, ""), (8, (128,), 3, 3, ""), (1, (4,), 512, 3, ""), (1, (4,), 4, 1, ""),
 )  # fmt: skip
+
+
+def _vae_convolutions(model: str) -> tuple[Shape, ...]:
+    side = VAE_SIDES[model]
+    rows = ((side * n, widths, c_out, taps, how) for n, widths, c_out, taps, how in VAE_CONVOLUTIONS)
+    return _convolutions(model, 1, rows)
+
+
 CONV2D = (
     *_unet_convolutions("SD 1.5 512²", 64, 4),
-    *_unet_convolutions("SD 2.1 768²", 96, 4, 16),  # of the rest, each is like one of SD 1.5's
-    *_unet_convolutions("SDXL 1024²", 128, 3, 14),
-    *_convolutions("VAE 512²", 1, VAE_CONVOLUTIONS),
+    *_vae_convolutions("VAE 512²"),
+    *_unet_convolutions("SDXL 1024²", 128, 3),
+    *_unet_convolutions("SD 2.1 768²", 96, 4),
+    *_vae_convolutions("VAE 768²"),
+    *_vae_convolutions("VAE 1024²"),
     *_convolutions("VAE encoder 512²", 1, ((512, (128,), 128, 3, "stride 2, padded at the end"),)),
     *_convolutions("SD 1.5 inpainting", 2, ((64, (9,), 320, 3, ""),)),
     *_convolutions("SD 1.5, no phases", 2, ((32, (640,), 640, 3, "enlarged"),)),

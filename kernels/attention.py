@@ -4,7 +4,8 @@
 
 Layout: q (B, Lq, H, D), k and v (B, Lk, H, D) by strides, columns contiguous; out (B, Lq, H, D) contiguous. A head of
 D columns is held as D1 + D2, powers of two (40 = 32 + 16, 80 = 64 + 16, 160 = 128 + 32), so that no work is padded to
-the next one. Grid: BLOCK_M queries × B·H heads × parts of v's columns; a program goes over all keys. With few keys
+the next one. Float32 is multiplied without tensor cores, from registers: q and k go there by DEPTH columns at a time.
+Grid: BLOCK_M queries × B·H heads × parts of v's columns; a program goes over all keys. With few keys
 (`_short`) they are loaded once and a program goes over several blocks of queries.
 FLOPs: 4 · B · H · Lq · Lk · D. Bytes: q, out once; k, v once for each program of their head, from L2.
 Scores are multiplied by scale · log2(e) in the exponent's own fused multiply-add and exponentiated with base 2; that
@@ -63,11 +64,44 @@ def _store(base, stride, left, tile, BLOCK: tl.constexpr, FIRST: tl.constexpr, W
 
 
 @triton.jit
+def _products(q1, q2, k1, k2, D2: tl.constexpr):
+    """q kᵀ of both pieces."""
+    s = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+    if D2 > 0:
+        s = tl.dot(q2, tl.trans(k2), s, input_precision="ieee")
+    return s
+
+
+@triton.jit
+def _products_from_memory(
+    q,
+    k,
+    q_row,
+    k_row,
+    queries,
+    keys,
+    D: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """q kᵀ, DEPTH columns at a time. q, k: at the first query and key of the block."""
+    m = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    c = tl.arange(0, DEPTH)
+    s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for at in range(0, D, DEPTH):
+        known = (at + c < D)[None, :]
+        columns = (at + c)[None, :]
+        q1 = tl.load(q + m[:, None] * q_row + columns, mask=(m < queries)[:, None] & known, other=0.0)
+        k1 = tl.load(k + n[:, None] * k_row + columns, mask=(n < keys)[:, None] & known, other=0.0)
+        s = tl.dot(q1, tl.trans(k1), s, input_precision="ieee")
+    return s
+
+
+@triton.jit
 def _scores(
-    q1,
-    q2,
-    k1,
-    k2,
+    s,  # q kᵀ
     mask,  # None, or at the first query and key of the block
     mask_m,
     mask_n,
@@ -76,13 +110,9 @@ def _scores(
     scale,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    D2: tl.constexpr,
     WHOLE: tl.constexpr,  # all BLOCK_N keys are there
 ):
-    """q kᵀ, or with a mask q kᵀ · scale + mask · log2(e); −inf where there is no key."""
-    s = tl.dot(q1, tl.trans(k1), input_precision="ieee")
-    if D2 > 0:
-        s = tl.dot(q2, tl.trans(k2), s, input_precision="ieee")
+    """As they are, or with a mask s · scale + mask · log2(e); −inf where there is no key."""
     m = tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     if mask is not None:
@@ -107,6 +137,7 @@ def _weights(s, top, scale, HAS_MASK: tl.constexpr):
 
 @triton.jit
 def _step(
+    q,  # at the first query of the block; with DEPTH = 0 its columns are in q1 and q2
     q1,
     q2,
     k,  # at the first key of the block
@@ -116,6 +147,7 @@ def _step(
     acc2,
     top,
     total,
+    q_row,
     k_row,
     v_row,
     mask_m,
@@ -127,17 +159,22 @@ def _step(
     D1: tl.constexpr,
     D2: tl.constexpr,
     V1: tl.constexpr,
+    DEPTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """One block of keys into the running maximum, sum and output of each query."""
     HAS_MASK: tl.constexpr = mask is not None
-    k1 = _rows(k, k_row, keys, BLOCK_N, 0, D1, D, WHOLE)
-    k2 = k1
-    if D2 > 0:
-        k2 = _rows(k, k_row, keys, BLOCK_N, D1, D2, D, WHOLE)
-    s = _scores(q1, q2, k1, k2, mask, mask_m, mask_n, queries, keys, scale, BLOCK_M, BLOCK_N, D2, WHOLE)
+    if DEPTH > 0:
+        s = _products_from_memory(q, k, q_row, k_row, queries, keys, D, DEPTH, BLOCK_M, BLOCK_N)
+    else:
+        k1 = _rows(k, k_row, keys, BLOCK_N, 0, D1, D, WHOLE)
+        k2 = k1
+        if D2 > 0:
+            k2 = _rows(k, k_row, keys, BLOCK_N, D1, D2, D, WHOLE)
+        s = _products(q1, q2, k1, k2, D2)
+    s = _scores(s, mask, mask_m, mask_n, queries, keys, scale, BLOCK_M, BLOCK_N, WHOLE)
     highest = tl.max(s, 1)
     if not HAS_MASK:
         highest = highest * scale
@@ -145,7 +182,7 @@ def _step(
     p = _weights(s, new, scale, HAS_MASK)
     shrink = tl.exp2(top - (tl.where(new == -float("inf"), 0.0, new) if HAS_MASK else new))
     total = total * shrink + tl.sum(p, 1)
-    p = p.to(q1.dtype)
+    p = p.to(v.dtype.element_ty)
     v1 = _rows(v, v_row, keys, BLOCK_N, 0, V1, D, WHOLE)
     acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision="ieee")
     if D2 > 0:
@@ -186,6 +223,7 @@ def _attention(
     D1: tl.constexpr,
     D2: tl.constexpr,  # 0: one piece
     PARTS: tl.constexpr,  # of v's columns, each a program's
+    DEPTH: tl.constexpr,  # 0: q stays in registers
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -202,19 +240,22 @@ def _attention(
     out += ((b * lq + row) * heads + h) * D + column
     if mask is not None:
         mask += b * mask_b + h.to(tl.int64) * mask_h + row * mask_m
-    q1 = _rows(q, q_row, queries, BLOCK_M, 0, D1, D, False)
+    q1 = q
+    if DEPTH == 0:
+        q1 = _rows(q, q_row, queries, BLOCK_M, 0, D1, D, False)
     q2 = q1
     acc1 = tl.zeros([BLOCK_M, V1], tl.float32)
     acc2 = 0.0
     if D2 > 0:
-        q2 = _rows(q, q_row, queries, BLOCK_M, D1, D2, D, False)
+        if DEPTH == 0:
+            q2 = _rows(q, q_row, queries, BLOCK_M, D1, D2, D, False)
         acc2 = tl.zeros([BLOCK_M, D2], tl.float32)
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for _ in range(lk // BLOCK_N):
         acc1, acc2, top, total = _step(
-            q1, q2, k, v, mask, acc1, acc2, top, total, k_row, v_row, mask_m, mask_n, queries, BLOCK_N, scale,
-            D, D1, D2, V1, BLOCK_M, BLOCK_N, True,
+            q, q1, q2, k, v, mask, acc1, acc2, top, total, q_row, k_row, v_row, mask_m, mask_n, queries, BLOCK_N, scale,
+            D, D1, D2, V1, DEPTH, BLOCK_M, BLOCK_N, True,
         )  # fmt: skip
         k += BLOCK_N * k_row
         v += BLOCK_N * v_row
@@ -222,8 +263,8 @@ def _attention(
             mask += BLOCK_N * mask_n
     if lk % BLOCK_N > 0:
         acc1, acc2, top, total = _step(
-            q1, q2, k, v, mask, acc1, acc2, top, total, k_row, v_row, mask_m, mask_n, queries, lk % BLOCK_N, scale,
-            D, D1, D2, V1, BLOCK_M, BLOCK_N, False,
+            q, q1, q2, k, v, mask, acc1, acc2, top, total, q_row, k_row, v_row, mask_m, mask_n, queries, lk % BLOCK_N,
+            scale, D, D1, D2, V1, DEPTH, BLOCK_M, BLOCK_N, False,
         )  # fmt: skip
     share = 1.0 / total
     _store(out, heads * D, queries, acc1 * share[:, None], BLOCK_M, 0, V1, D)
@@ -288,28 +329,26 @@ def _short(
         q2 = q1
         if D2 > 0:
             q2 = _rows(q + row * q_row, q_row, queries, BLOCK_M, D1, D2, D, False)
-        s = _scores(
-            q1, q2, k1, k2, mask if mask is None else mask + row * mask_m, mask_m, mask_n, queries, lk, scale,
-            BLOCK_M, BLOCK_N, D2, False,
-        )  # fmt: skip
+        here = mask if mask is None else mask + row * mask_m
+        s = _products(q1, q2, k1, k2, D2)
+        s = _scores(s, here, mask_m, mask_n, queries, lk, scale, BLOCK_M, BLOCK_N, False)
         top = tl.max(s, 1) if mask is not None else tl.max(s, 1) * scale
         p = _weights(s, top, scale, mask is not None)
         share = 1.0 / tl.sum(p, 1)
         p = p.to(q1.dtype)
-        here = out + row * heads * D
+        to = out + row * heads * D
         y = tl.dot(p, v1, input_precision="ieee")
-        _store(here, heads * D, queries, y * share[:, None], BLOCK_M, 0, D1, D)
+        _store(to, heads * D, queries, y * share[:, None], BLOCK_M, 0, D1, D)
         if D2 > 0:
             y = tl.dot(p, v2, input_precision="ieee")
-            _store(here, heads * D, queries, y * share[:, None], BLOCK_M, D1, D2, D)
+            _store(to, heads * D, queries, y * share[:, None], BLOCK_M, D1, D2, D)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, mask: Tensor | None = None) -> Tensor:
     """q: (B, Lq, H, D), k, v: (B, Lk, H, D), float16, bfloat16 or float32, the last dimension contiguous.
 
     mask: float16, bfloat16 or float32, broadcastable to (B, H, Lq, Lk). -> (B, Lq, H, D), contiguous.
-    Raises `Unsupported` for another dtype, a head dim over 256 that is not 512, or over 96 in float32, no keys, or a
-    negative scale.
+    Raises `Unsupported` for another dtype, a head dim over 256 that is not 512, no keys, or a negative scale.
     """
     batch, lq, heads, dim = q.shape
     lk = k.shape[1]
@@ -354,5 +393,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ma
         each = tuning.attention_walk(blocks, batch * heads)
         launch(_short, (triton.cdiv(blocks, each), batch * heads), walk=each * tile.block_m, **common)
     else:
-        launch(_attention, (blocks, batch * heads, tile.parts), PARTS=tile.parts, **common)
+        launch(_attention, (blocks, batch * heads, tile.parts), PARTS=tile.parts, DEPTH=tile.depth, **common)
     return out

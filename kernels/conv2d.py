@@ -7,9 +7,10 @@ are output channels, and it is summed over (channel block, tap) in one loop that
 concatenation, no enlarged input and no padded border exist: all four are arithmetic on the addresses of a pixel's taps.
 Grid: (BLOCK_M pixels of one sample) × (BLOCK_N channels), those that share pixels side by side; × splits of the sum
 where a map is small: each leaves float32 sums, and `_finish` adds them up and does what else the epilogue does.
+Where TMA can, it reads boxes of pixels instead: see `conv2d_tma.py`.
 A tile of 160 channels is two accumulators, 128 + 32: 320, 640 and 1280 are multiples of it, and no power of two fits.
 Enlargement by exactly 2 before 3×3 taps: an output pixel of one parity sees 2×2 distinct input pixels, so four
-convolutions with 2×2 taps of pre-summed weights (`phase_weights`) do it with 4/9 of the products.
+convolutions with 2×2 taps of pre-summed weights (`fastldm.ops.phase_weights`) do it with 4/9 of the products.
 FLOPs: 2 · N · H' · W' · O · k² · (C + C2). Bytes: x, w, residual and y once, if the L2 cache holds what tiles share.
 Statistics: each program centres its own pixels; `_merge` joins these by Chan, Golub & LeVeque's formula (1983).
 """
@@ -24,18 +25,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastldm.kernels import tuning
+from fastldm.kernels import conv2d_tma, tuning
 from fastldm.kernels.launch import DTYPES, Unsupported, empty, launch, require, require_dtype, row_stride
 
 _ANY = [  # what no variant is compiled for
-    *("height", "width", "in_height", "in_width", "grid_width", "grid_pixels", "pixels", "tiles", "tile_pixels"),
-    *("column_tiles", "steps", "splits", "stride", "before", "shift_stride"),
+    *("height", "width", "in_height", "in_width", "grid_height", "grid_width", "grid_pixels", "pixels", "tiles"),
+    *("across", "column_tiles", "steps", "splits", "stride", "before", "shift_stride"),
 ]
 
 
 @triton.jit(do_not_specialize=_ANY)
 def _conv2d(
-    # tensors
+    # tensors; by TMA: descriptors of x, x2 and w
     x,
     x2,  # None: there is one input
     w,
@@ -50,7 +51,7 @@ def _conv2d(
     width,
     in_height,
     in_width,
-    grid_width,  # of the output, or of one phase of it
+    grid_width,  # of the output, or of one phase of it; of a single row of all pixels for 1×1 taps by TMA
     grid_pixels,
     tiles,  # of BLOCK_M pixels
     column_tiles,
@@ -76,94 +77,108 @@ def _conv2d(
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,  # it divides C and C2
     FLAT: tl.constexpr,  # few channels: a step goes on to the next tap's
+    TMA: tl.constexpr,  # and BLOCK_M pixels are a box that is BLOCK_W wide
+    BLOCK_W: tl.constexpr,
 ):
     AREA: tl.constexpr = TAPS * TAPS
-    # the pixels: beyond the last one it is repeated, and not stored
     row_tile = tl.program_id(0) // column_tiles
     sample = (row_tile // (tiles * PHASES)).to(tl.int64)
     sample_tile = row_tile % (tiles * PHASES)
     phase = sample_tile // tiles
-    m = sample_tile % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_inside = m < grid_pixels
-    m = tl.minimum(m, grid_pixels - 1)
-    top = m // grid_width * stride - before + phase // 2
-    left = m % grid_width * stride - before + phase % 2
-
-    # which of a pixel's taps are inside: a bit for each
-    inside = tl.zeros([BLOCK_M], tl.int32)
-    if BORDER:
-        for each in tl.static_range(AREA):
-            i, j = top + each // TAPS, left + each % TAPS
-            inside |= ((i >= 0) & (i < height) & (j >= 0) & (j < width)).to(tl.int32) << each
-
-    k = tl.arange(0, BLOCK_K)
-    first_pixel = sample * in_height * in_width
-    if not ENLARGED:
-        first_pixel += top.to(tl.int64) * in_width + left
-        x_rows = x + (first_pixel * x_stride)[:, None] + k[None, :]
-        if x2 is not None:
-            x2_rows = x2 + (first_pixel * x2_stride)[:, None] + k[None, :]
-
-    # the columns: beyond the last one it is repeated, and not stored
+    tile = sample_tile % tiles
     first_column = tl.program_id(0) % column_tiles * (BLOCK_N + MORE_N)
     n = first_column + tl.arange(0, BLOCK_N)
-    w_rows = w + (phase * O + tl.minimum(n, O - 1))[:, None] * (AREA * (C + C2)) + k[None, :]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if MORE_N > 0:
         n_more = first_column + BLOCK_N + tl.arange(0, MORE_N)
-        w_rows_more = w + (phase * O + tl.minimum(n_more, O - 1))[:, None] * (AREA * (C + C2)) + k[None, :]
-        acc_more = tl.zeros([BLOCK_M, MORE_N], tl.float32)
 
     first_blocks = tl.cdiv(C, BLOCK_K)
     start = tl.program_id(1) * steps
     all_steps = tl.cdiv(C * AREA, BLOCK_K) if FLAT else (first_blocks + tl.cdiv(C2, BLOCK_K)) * AREA
     end = tl.minimum(start + steps, all_steps)
     tl.assume(end > start)  # or else the products wait for each other on sm_90
-    for step in tl.range(start, end):
-        if FLAT:
-            c = step * BLOCK_K + k  # of all taps
-            tap = (c // C)[None, :]
-            moved = tap // TAPS * tl.cast(in_width, tl.int64) + tap % TAPS
-            x_tile = x_rows + (moved * x_stride + (c % C - k)[None, :])
-            w_step = step * BLOCK_K
-            k_inside = (c < AREA * C)[None, :]
-            x_inside = k_inside & (inside[:, None] >> tap & 1 != 0)
-        else:
-            block, tap = step // AREA, step % AREA
-            c = block * BLOCK_K
-            channels = C
-            if x2 is not None:
-                second = block >= first_blocks
-                c = tl.where(second, c - first_blocks * BLOCK_K, c)
-                channels = tl.where(second, C2, C)
-            if ENLARGED:
-                pixel = first_pixel + ((top + tap // TAPS) >> 1).to(tl.int64) * in_width
-                pixel += (left + tap % TAPS) >> 1
-                x_tile = x + (pixel * x_stride)[:, None] + (c + k)[None, :]
-                if x2 is not None:
-                    x_tile = tl.where(second, x2 + (pixel * x2_stride)[:, None] + (c + k)[None, :], x_tile)
-            else:
-                moved = tap // TAPS * tl.cast(in_width, tl.int64) + tap % TAPS
-                x_tile = x_rows + (moved * x_stride + c)
-                if x2 is not None:
-                    x_tile = tl.where(second, x2_rows + (moved * x2_stride + c), x_tile)
-            w_step = tap * (C + C2) + c
-            if x2 is not None:
-                w_step = tl.where(second, w_step + C, w_step)
-            k_inside = (c + k < channels)[None, :]  # of no consequence where EVEN_K
-            x_inside = (inside >> tap & 1 != 0)[:, None]
-            if not BORDER:
-                x_inside = None if EVEN_K else k_inside
-            elif not EVEN_K:
-                x_inside &= k_inside
+    if TMA:
+        top, left = conv2d_tma.box_of(tile, grid_width, BLOCK_M, BLOCK_W)
+        m, row_inside = conv2d_tma.pixels_of(top, left, grid_width, grid_pixels, BLOCK_M, BLOCK_W)
+        top, left = top - before + phase // 2, left - before + phase % 2
+        acc = conv2d_tma.products(
+            x, x2, w, C, C2, sample.to(tl.int32), top, left, phase * O + first_column, start, end,
+            TAPS, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        # the pixels: beyond the last one it is repeated, and not stored
+        m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        row_inside = m < grid_pixels
+        m = tl.minimum(m, grid_pixels - 1)
+        top = m // grid_width * stride - before + phase // 2
+        left = m % grid_width * stride - before + phase % 2
 
-        w_inside = None if EVEN_K else k_inside
-        x_values = tl.load(x_tile, mask=x_inside, other=None if x_inside is None else 0.0)
-        w_values = tl.load(w_rows + w_step, mask=w_inside, other=None if w_inside is None else 0.0)
-        acc = tl.dot(x_values, w_values.T, acc, input_precision="ieee")
+        # which of a pixel's taps are inside: a bit for each
+        inside = tl.zeros([BLOCK_M], tl.int32)
+        if BORDER:
+            for each in tl.static_range(AREA):
+                i, j = top + each // TAPS, left + each % TAPS
+                inside |= ((i >= 0) & (i < height) & (j >= 0) & (j < width)).to(tl.int32) << each
+
+        k = tl.arange(0, BLOCK_K)
+        first_pixel = sample * in_height * in_width
+        if not ENLARGED:
+            first_pixel += top.to(tl.int64) * in_width + left
+            x_rows = x + (first_pixel * x_stride)[:, None] + k[None, :]
+            if x2 is not None:
+                x2_rows = x2 + (first_pixel * x2_stride)[:, None] + k[None, :]
+
+        # the columns: beyond the last one it is repeated, and not stored
+        w_rows = w + (phase * O + tl.minimum(n, O - 1))[:, None] * (AREA * (C + C2)) + k[None, :]
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if MORE_N > 0:
-            w_values = tl.load(w_rows_more + w_step, mask=w_inside, other=None if w_inside is None else 0.0)
-            acc_more = tl.dot(x_values, w_values.T, acc_more, input_precision="ieee")
+            w_rows_more = w + (phase * O + tl.minimum(n_more, O - 1))[:, None] * (AREA * (C + C2)) + k[None, :]
+            acc_more = tl.zeros([BLOCK_M, MORE_N], tl.float32)
+
+        for step in tl.range(start, end):
+            if FLAT:
+                c = step * BLOCK_K + k  # of all taps
+                tap = (c // C)[None, :]
+                moved = tap // TAPS * tl.cast(in_width, tl.int64) + tap % TAPS
+                x_tile = x_rows + (moved * x_stride + (c % C - k)[None, :])
+                w_step = step * BLOCK_K
+                k_inside = (c < AREA * C)[None, :]
+                x_inside = k_inside & (inside[:, None] >> tap & 1 != 0)
+            else:
+                block, tap = step // AREA, step % AREA
+                c = block * BLOCK_K
+                channels = C
+                if x2 is not None:
+                    second = block >= first_blocks
+                    c = tl.where(second, c - first_blocks * BLOCK_K, c)
+                    channels = tl.where(second, C2, C)
+                if ENLARGED:
+                    pixel = first_pixel + ((top + tap // TAPS) >> 1).to(tl.int64) * in_width
+                    pixel += (left + tap % TAPS) >> 1
+                    x_tile = x + (pixel * x_stride)[:, None] + (c + k)[None, :]
+                    if x2 is not None:
+                        x_tile = tl.where(second, x2 + (pixel * x2_stride)[:, None] + (c + k)[None, :], x_tile)
+                else:
+                    moved = tap // TAPS * tl.cast(in_width, tl.int64) + tap % TAPS
+                    x_tile = x_rows + (moved * x_stride + c)
+                    if x2 is not None:
+                        x_tile = tl.where(second, x2_rows + (moved * x2_stride + c), x_tile)
+                w_step = tap * (C + C2) + c
+                if x2 is not None:
+                    w_step = tl.where(second, w_step + C, w_step)
+                k_inside = (c + k < channels)[None, :]  # of no consequence where EVEN_K
+                x_inside = (inside >> tap & 1 != 0)[:, None]
+                if not BORDER:
+                    x_inside = None if EVEN_K else k_inside
+                elif not EVEN_K:
+                    x_inside &= k_inside
+
+            w_inside = None if EVEN_K else k_inside
+            x_values = tl.load(x_tile, mask=x_inside, other=None if x_inside is None else 0.0)
+            w_values = tl.load(w_rows + w_step, mask=w_inside, other=None if w_inside is None else 0.0)
+            acc = tl.dot(x_values, w_values.T, acc, input_precision="ieee")
+            if MORE_N > 0:
+                w_values = tl.load(w_rows_more + w_step, mask=w_inside, other=None if w_inside is None else 0.0)
+                acc_more = tl.dot(x_values, w_values.T, acc_more, input_precision="ieee")
 
     if PHASES == 1:
         row = sample * grid_pixels + m
@@ -289,11 +304,14 @@ def _merge(
     stats,  # (N, O, 2) float32
     # sizes
     tiles,  # of a phase
-    tile_pixels,
-    grid_pixels,  # of a phase: the last tile has the rest
+    across,  # tiles that lie beside each other
+    grid_height,  # of a phase; the last tiles have the rest
+    grid_width,
     O,  # noqa: E741
     # meta
     PHASES: tl.constexpr,
+    TILE_HEIGHT: tl.constexpr,
+    TILE_WIDTH: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -309,8 +327,9 @@ def _merge(
         inside = (t < tiles * PHASES)[:, None] & (n < O)[None, :]
         means = tl.load(here, mask=inside, other=0.0)
         m2s = tl.load(here + O, mask=inside, other=0.0)
-        counts = tl.minimum(grid_pixels - t % tiles * tile_pixels, tile_pixels).to(tl.float32)
-        counts = tl.where(t < tiles * PHASES, counts, 0.0)
+        rows = tl.minimum(grid_height - t % tiles // across * TILE_HEIGHT, TILE_HEIGHT)
+        columns = tl.minimum(grid_width - t % tiles % across * TILE_WIDTH, TILE_WIDTH)
+        counts = tl.where(t < tiles * PHASES, (rows * columns).to(tl.float32), 0.0)
         more_count = tl.sum(counts, axis=0)
         more_mean = tl.sum(means * counts[:, None], axis=0) / more_count
         apart = means - more_mean[None, :]
@@ -319,24 +338,6 @@ def _merge(
     to = stats + (sample * O + n) * 2
     tl.store(to, mean, mask=n < O)
     tl.store(to + 1, m2, mask=n < O)
-
-
-def phase_weights(w: Tensor) -> Tensor:
-    """Weights of the four 2×2 convolutions that are an enlargement by 2 and w (O, C, 3, 3): summed in float32.
-
-    -> (4, O, 2, 2, C), contiguous; phase 2 · (row's parity) + (column's parity). Of an even row's three taps the last
-    two see the same input row, of an odd row's the first two.
-    """
-    taps = w.permute(2, 3, 0, 1).float()
-    rows = _pairs(taps)  # parity, tap, 3, O, C
-    both = _pairs(rows.permute(2, 0, 1, 3, 4))  # parity and tap of the column, then of the row, O, C
-    return both.permute(2, 0, 4, 3, 1, 5).flatten(0, 1).to(w.dtype).contiguous()
-
-
-def _pairs(taps: Tensor) -> Tensor:
-    """(3, ...) -> (2, 2, ...): [[0, 1 + 2], [0 + 1, 2]]."""
-    first, second, third = taps
-    return torch.stack((first, second + third, first + second, third)).unflatten(0, (2, 2))
 
 
 @dataclass(frozen=True)
@@ -380,6 +381,11 @@ class _Geometry:
         return self.c_in < 16 and self.taps > 1 and not (self.c_more or self.enlarged)
 
     @property
+    def moves_only(self) -> bool:
+        """A tap is the input, moved: for TMA."""
+        return self.grid == (self.height, self.width) and self.stride == 1 and not (self.enlarged or self.flat)
+
+    @property
     def sums(self) -> tuple[tuple[int, ...], int]:
         """How long the sums of a tap are, and how many taps there are."""
         area = self.taps * self.taps
@@ -402,7 +408,7 @@ def conv2d(
 ) -> tuple[Tensor, Tensor | None]:
     """x: (N, C, H, W), channels_last, float16, bfloat16 or float32; w: (O, C + C2, k, k), channels_last; k is 1 or 3.
 
-    w_phases: `phase_weights(w)`, used where the input is enlarged by exactly 2. The rest as in the contract.
+    w_phases: `fastldm.ops.phase_weights(w)`, used where the enlargement is exactly by 2. The rest as in the contract.
     -> (y, stats or None). Raises `Unsupported` for another dtype or layout, and for sizes that do not fit together.
     """
     require_dtype(DTYPES, x=x, w=w, b=b, x2=x2, shift=shift, residual=residual, w_phases=w_phases)
@@ -412,8 +418,10 @@ def conv2d(
     epilogue = _epilogue_of(g, b, shift, residual)
     strides = {"x_stride": _pixel_stride(x, "x"), "x2_stride": None if x2 is None else _pixel_stride(x2, "x2")}
 
-    (depths, taps), tile = g.sums, _tile(g, x.dtype)
-    tiles, column_tiles = triton.cdiv(g.grid_pixels, tile.block_m), triton.cdiv(g.c_out, tile.block_n + tile.more_n)
+    (depths, taps), tile = g.sums, _tile(g, x.dtype, readable=conv2d_tma.can_read(x, x2, w))
+    (height, width), (box_height, box_width) = size, box = _boxes(g, tile)
+    tiles = triton.cdiv(height, box_height) * triton.cdiv(width, box_width)
+    column_tiles = triton.cdiv(g.c_out, tile.block_n + tile.more_n)
     all_steps = sum(triton.cdiv(depth, tile.block_k) for depth in depths) * taps
     steps = triton.cdiv(all_steps, tile.splits)
     splits = triton.cdiv(all_steps, steps)
@@ -428,9 +436,7 @@ def conv2d(
     launch(
         _conv2d,
         (g.samples * g.phases * tiles * column_tiles, splits),
-        x=x,
-        x2=x2,
-        w=w,
+        **(conv2d_tma.descriptors(x, x2, w, g.taps, tile) if tile.block_w else {"x": x, "x2": x2, "w": w}),
         out=out if sums is None else None,
         moments=moments,
         sums=sums,
@@ -438,7 +444,7 @@ def conv2d(
         width=g.width,
         in_height=g.in_height,
         in_width=g.in_width,
-        grid_width=g.grid[1],
+        grid_width=width if tile.block_w else g.grid[1],
         grid_pixels=g.grid_pixels,
         tiles=tiles,
         column_tiles=column_tiles,
@@ -460,13 +466,15 @@ def conv2d(
         BLOCK_K=tile.block_k,
         EVEN_K=all(depth % tile.block_k == 0 for depth in depths),
         FLAT=g.flat,
+        TMA=tile.block_w > 0,
+        BLOCK_W=tile.block_w,
         warps=tile.warps,
         stages=tile.stages,
     )
     if sums is not None:
         _launch_finish(g, sums, out, stats, splits, epilogue)
     elif moments is not None:
-        _launch_merge(g, moments, stats, tiles, tile.block_m)
+        _launch_merge(g, moments, stats, size, box)
     return out, stats
 
 
@@ -524,7 +532,7 @@ def _fits(side: int, in_side: int) -> bool:
 def _checked_phases(w_phases: Tensor | None, g: _Geometry) -> Tensor:
     shape = (4, g.c_out, 2, 2, g.c_in + g.c_more)
     if w_phases is None or w_phases.shape != shape or not w_phases.is_contiguous():
-        raise Unsupported("w_phases: see phase_weights")
+        raise Unsupported("w_phases: see fastldm.ops.phase_weights")
     return w_phases
 
 
@@ -544,9 +552,21 @@ def _epilogue_of(g: _Geometry, b: Tensor | None, shift: Tensor | None, residual:
     }
 
 
-def _tile(g: _Geometry, dtype: torch.dtype) -> tuning.Convolution:
-    depths, taps = g.sums
-    return tuning.conv2d(g.samples * g.phases, g.grid_pixels, depths, taps, g.c_out, dtype)
+def _tile(g: _Geometry, dtype: torch.dtype, *, readable: bool) -> tuning.Convolution:
+    """readable: TMA can address the inputs."""
+    (depths, taps), maps = g.sums, g.samples * g.phases
+    if readable and g.moves_only:
+        tile = tuning.conv2d_tma(maps, g.grid, depths, taps, g.c_out, dtype)
+        if tile is not None and tuning.by_tma(tile):
+            return tile
+    return tuning.conv2d(maps, g.grid_pixels, depths, taps, g.c_out, dtype)
+
+
+def _boxes(g: _Geometry, tile: tuning.Convolution) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Height and width of the output, or of a phase of it, and of its tiles: boxes for TMA, or parts of a row."""
+    if tile.block_w and g.taps > 1:
+        return g.grid, (tile.block_m // tile.block_w, tile.block_w)
+    return (1, g.grid_pixels), (1, tile.block_m)
 
 
 def _launch_finish(
@@ -570,18 +590,25 @@ def _launch_finish(
     )
 
 
-def _launch_merge(g: _Geometry, moments: Tensor, stats: Tensor | None, tiles: int, tile_pixels: int) -> None:
+def _launch_merge(
+    g: _Geometry, moments: Tensor, stats: Tensor | None, size: tuple[int, int], box: tuple[int, int]
+) -> None:
+    """size, box: see `_boxes`."""
+    across = triton.cdiv(size[1], box[1])
     block_t, block_c = tuning.CONV2D_MERGE
     launch(
         _merge,
         (g.samples, triton.cdiv(g.c_out, block_c)),
         moments=moments,
         stats=stats,
-        tiles=tiles,
-        tile_pixels=tile_pixels,
-        grid_pixels=g.grid_pixels,
+        tiles=triton.cdiv(size[0], box[0]) * across,
+        across=across,
+        grid_height=size[0],
+        grid_width=size[1],
         O=g.c_out,
         PHASES=g.phases,
+        TILE_HEIGHT=box[0],
+        TILE_WIDTH=box[1],
         BLOCK_T=block_t,
         BLOCK_C=block_c,
         warps=4,

@@ -105,6 +105,12 @@ def row_stride(x: Tensor, name: str) -> int:
     return outer[-1][1] if outer else x.shape[-1]
 
 
+def tma_reads(x: Tensor, stride: int) -> bool:
+    """Whether TMA can read rows of x that are `stride` elements apart: from multiples of 16 bytes, none overlapping."""
+    reach = x.shape[-1] <= stride < 2**40 // x.itemsize
+    return reach and x.numel() > 0 and x.data_ptr() % 16 == 0 and stride * x.itemsize % 16 == 0
+
+
 def power_of_two(n: int) -> int:
     """The least that is not below n."""
     return int(triton.next_power_of_2(n))

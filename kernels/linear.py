@@ -6,6 +6,7 @@ of 160, tiles are powers of two: with 128 + 32 columns as two accumulators over 
 in vain. Programs run in groups of GROUP tiles of rows, so that what is read of w stays in L2.
 Where M is short there are too few programs for a chip: K is then cut into parts, whose products are written in
 float32 and added by a second launch, always in the same order.
+Tiles of x and w are read through pointers or by TMA, to which what lies outside of a tensor is zeros.
 FLOPs: 2 M N K. Bytes: x, w and the residual once, the output once, `itemsize` each; with parts 8 · M · N more for each.
 """
 
@@ -14,9 +15,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor, float32
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastldm.kernels import tuning
-from fastldm.kernels.launch import DTYPES, empty, launch, require, require_dtype, row_stride
+from fastldm.kernels.launch import DTYPES, empty, launch, require, require_dtype, row_stride, tma_reads
 
 ACTIVATIONS = (None, "silu", "gelu", "quick_gelu")
 
@@ -68,9 +70,10 @@ def _finish(acc, residual, out, m, n, M, residual_stride, N, ACT: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["M", "steps"])
 def _linear(
-    # tensors
+    # tensors; by TMA: descriptors of x and w
     x,
     w,
+    w_side,  # w for the second accumulator, by TMA; otherwise None
     b,
     residual,
     out,  # with splits the parts: (splits, M, N), float32
@@ -92,31 +95,39 @@ def _linear(
     BLOCK_K: tl.constexpr,
     WHOLE: tl.constexpr,  # the parts' steps make up K
     GROUP: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     tl.assume(steps > 0)  # or else the products wait for each other on sm_90
     row, column = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N + SIDE, GROUP)
     part = tl.program_id(1)
     m = row.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = column * (BLOCK_N + SIDE) + tl.arange(0, BLOCK_N)
-    k = part * (steps * BLOCK_K) + tl.arange(0, BLOCK_K)
-    # Rows past the end are read as the last one, and not stored: no masks in the loop.
-    x_tile = x + tl.minimum(m, M - 1)[:, None] * x_stride + k[None, :]
-    w_tile = w + tl.minimum(n, N - 1).to(tl.int64)[None, :] * K + k[:, None]
+    first_k = part * (steps * BLOCK_K)
+    k = first_k + tl.arange(0, BLOCK_K)
+    if not TMA:  # Rows past the end are read as the last one, and not stored: no masks in the loop.
+        x_tile = x + tl.minimum(m, M - 1)[:, None] * x_stride + k[None, :]
+        w_tile = w + tl.minimum(n, N - 1).to(tl.int64)[None, :] * K + k[:, None]
     acc = _bias(b, n, N, BLOCK_M, HAS_BIAS)
     if SIDE > 0:
         n_side = column * (BLOCK_N + SIDE) + BLOCK_N + tl.arange(0, SIDE)
-        side_tile = w + tl.minimum(n_side, N - 1).to(tl.int64)[None, :] * K + k[:, None]
+        if not TMA:
+            side_tile = w + tl.minimum(n_side, N - 1).to(tl.int64)[None, :] * K + k[:, None]
         acc_side = _bias(b, n_side, N, BLOCK_M, HAS_BIAS)
     for step in range(steps):
         at = step * BLOCK_K
-        if WHOLE:
+        if TMA:
+            x_part = x.load([row * BLOCK_M, first_k + at])
+            w_part = w.load([column * (BLOCK_N + SIDE), first_k + at]).T
+        elif WHOLE:
             x_part, w_part = tl.load(x_tile + at), tl.load(w_tile + at)
         else:
             x_part = tl.load(x_tile + at, mask=(at + k < K)[None, :], other=0.0)
             w_part = tl.load(w_tile + at, mask=(at + k < K)[:, None], other=0.0)
         acc = tl.dot(x_part, w_part, acc, input_precision="ieee")
         if SIDE > 0:
-            if WHOLE:
+            if TMA:
+                side_part = w_side.load([column * (BLOCK_N + SIDE) + BLOCK_N, first_k + at]).T
+            elif WHOLE:
                 side_part = tl.load(side_tile + at)
             else:
                 side_part = tl.load(side_tile + at, mask=(at + k < K)[:, None], other=0.0)
@@ -174,6 +185,11 @@ def linear(
     x_stride = row_stride(x, "x")
     tile = tuning.linear(m, n, k, x.dtype)
     steps = triton.cdiv(k, tile.splits * tile.depth)
+    by_tma = tuning.by_tma(tile) and tma_reads(x, x_stride) and tma_reads(w, k)
+
+    def tiled(matrix: Tensor, rows: int, stride: int, block_rows: int) -> TensorDescriptor:
+        return TensorDescriptor(matrix, [rows, k], [stride, 1], [block_rows, tile.depth])
+
     end = {
         "b": b,
         "residual": residual,
@@ -195,8 +211,9 @@ def linear(
     launch(
         _linear,
         (triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns + tile.side), tile.splits),
-        x=x,
-        w=w,
+        x=tiled(x, m, x_stride, tile.rows) if by_tma else x,
+        w=tiled(w, n, k, tile.columns) if by_tma else w,
+        w_side=tiled(w, n, k, tile.side) if by_tma and tile.side else None,
         out=target,
         M=m,
         x_stride=x_stride,
@@ -209,6 +226,7 @@ def linear(
         BLOCK_K=tile.depth,
         WHOLE=tile.splits * steps * tile.depth == k,
         GROUP=tile.group,
+        TMA=by_tma,
         warps=tile.warps,
         stages=tile.stages,
         **(end if tile.splits == 1 else later),

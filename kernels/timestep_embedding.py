@@ -160,7 +160,7 @@ def _sinusoids(t: Tensor, dim: int, flip: bool, shift: float) -> Tensor:
         FLIP=flip,
         BLOCK_M=tile.block_m,
         BLOCK_I=tile.block_i,
-        warps=tile.warps,
+        warps=8,
         stages=1,
     )
     return out

@@ -6,6 +6,9 @@ Rows that were timed name the file under `benchmarks/results/` that they come fr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,9 +25,32 @@ def capability() -> int:
         return 90
 
 
+# Bytes of shared memory that a program may have, by compute capability.
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+
+
 def shared_limit() -> int:
-    """Bytes of shared memory that a program may have on the chip at hand."""
-    return {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 120: 99 << 10}.get(capability(), 227 << 10)
+    """Of the chip at hand."""
+    return SHARED_LIMIT.get(capability(), SHARED_LIMIT[90])
+
+
+_tma: ContextVar[bool | None] = ContextVar("fastldm.kernels.tma", default=None)
+
+
+@contextmanager
+def tma(wanted: bool) -> Iterator[None]:
+    """In this context tiles are read by TMA wherever they can be, or nowhere: to test and to time both forms."""
+    token = _tma.set(wanted)
+    try:
+        yield
+    finally:
+        _tma.reset(token)
+
+
+def by_tma(tile: Product | Convolution) -> bool:
+    """Whether a kernel reads its tiles by TMA, where TMA can address the tensors."""
+    wanted = _tma.get()
+    return 90 <= capability() < 120 and (tile.tma if wanted is None else wanted)
 
 
 @dataclass(frozen=True)
@@ -56,6 +82,7 @@ class Product:
     """A tile of a matrix product: rows × (columns + side), `side` columns in an accumulator of their own.
 
     depth: how much of K is in a step. group: tiles of rows that share w in L2. splits: parts that K is cut into.
+    tma: read by TMA where the chip has it.
     """
 
     rows: int
@@ -66,11 +93,15 @@ class Product:
     stages: int
     group: int = 8
     splits: int = 1
+    tma: bool = False
 
     def programs(self, m: int, n: int) -> int:
         return -(-m // self.rows) * -(-n // (self.columns + self.side))
 
 
+# Through pointers, linear and geglu. Compiled, sm_90, 128 × 160: in 640 cycles of the tensor cores a step issues
+# instructions in 184, by TMA in 248; at 128 × 256 in 168 and 178 of 1024. TMA saves registers, 106 for 128, but two
+# programs fit into a multiprocessor either way.
 LINEAR_160 = (Product(128, 128, 32, 64, 8, 3), Product(64, 128, 32, 64, 4, 3), Product(64, 64, 0, 64, 4, 4))
 LINEAR_128 = (Product(128, 128, 0, 64, 8, 3), Product(64, 128, 0, 64, 4, 3), Product(64, 64, 0, 64, 4, 4))
 LINEAR_FLOAT32 = Product(64, 64, 0, 16, 4, 2)
@@ -121,7 +152,7 @@ class Groups:
 GROUP_NORM_TILE = 8192
 GROUP_NORM_WHOLE = 32768  # elements of a group, up to which one program takes it whole: 64 KB of half precision, in L1
 GROUP_NORM_PROGRAMS = 512  # of a sample, that take moments: about 4 for each of 132 multiprocessors
-GROUP_NORM_PARTIALS = 2048  # partial moments at a time: all that those programs leave of a group, in 32 groups
+GROUP_NORM_PARTIALS = 1024  # partial moments at a time. Compiled: of 2048, groups of 60 channels spill on sm_89
 GROUP_NORM_MOMENTS = Rows(64, 64, 4)
 GROUP_NORM_APPLY = Rows(64, 64, 4)
 
@@ -146,6 +177,7 @@ class Attention:
     """block_m: queries, block_n: keys of a step. d1 + d2: the pieces of a head, d2 = 0 where there is one.
 
     parts: of v's columns, each a program's. short: all keys at once, for several blocks of queries.
+    depth: columns of q and k that are read at a time in each step; 0: q stays in registers.
     """
 
     d1: int
@@ -156,6 +188,7 @@ class Attention:
     stages: int
     parts: int = 1
     short: bool = False
+    depth: int = 0
 
 
 # Attention: by the columns that are held, d1 + d2 (queries, keys, warps, stages). Compiled, no spills in half
@@ -174,7 +207,9 @@ ATTENTION_100 = ATTENTION | {512: (64, 32, 8, 2)}
 ATTENTION_80 = ATTENTION | {160: (64, 32, 8, 2), 256: (32, 32, 8, 2), 512: (16, 32, 8, 1)}
 ATTENTION_SHORT = (64, 4, 1)  # queries, warps, stages. sm_90: 138 to 172 registers; 252 at 160 columns
 SHORT_COLUMNS, SHORT_COLUMNS_80 = 160, 128
-ATTENTION_FLOAT, FLOAT_COLUMNS = (32, 32, 4, 1), 96  # products without tensor cores; wider ones spill
+# Float32, without tensor cores: what a thread multiplies is in its registers, and whole rows of q and k would spill.
+# Compiled, sm_80 to sm_100: 110 to 243 registers, no spills; 64 keys spill at 96 columns with a mask.
+ATTENTION_FLOAT, ATTENTION_FLOAT_WIDE, FLOAT_COLUMNS, FLOAT_DEPTH = (64, 64, 8, 1), (64, 32, 8, 1), 64, 16
 SHORT_KEYS = 128
 MOST_ROWS = 128  # of any tile
 WALKERS = 264  # programs from which on each may go over more queries: 2 for each of 132 multiprocessors
@@ -191,9 +226,8 @@ def attention(dim: int, keys: int, full: bool) -> Attention:
         raise Unsupported(f"head dim {dim}: there are 1 to 256, and 512")
     parts = 2 if held == 512 else 1
     if full:
-        if held > FLOAT_COLUMNS:
-            raise Unsupported(f"head dim {dim} of float32 does not fit into registers")
-        return Attention(d1, d2, *ATTENTION_FLOAT)
+        tile = ATTENTION_FLOAT if held <= FLOAT_COLUMNS else ATTENTION_FLOAT_WIDE
+        return Attention(d1, d2, *tile, parts=parts, depth=FLOAT_DEPTH)
     if keys <= SHORT_KEYS and held <= (SHORT_COLUMNS if hopper or blackwell else SHORT_COLUMNS_80):
         block_m, warps, stages = ATTENTION_SHORT
         return Attention(d1, d2, block_m, SHORT_KEYS, warps, stages, short=True)
@@ -220,7 +254,8 @@ def attention_walk(blocks: int, heads: int) -> int:
 class Convolution:
     """block_m pixels of one sample × (block_n + more_n channels, an accumulator each); block_k channels in a step.
 
-    splits: how many programs share a tile's sum.
+    splits: how many programs share a tile's sum. block_w: of the box of pixels that TMA reads; 0: there is none.
+    tma: read by it where the chip has it.
     """
 
     block_m: int
@@ -230,6 +265,8 @@ class Convolution:
     warps: int
     stages: int
     splits: int = 1
+    block_w: int = 0
+    tma: bool = False
 
 
 def conv2d(maps: int, pixels: int, depths: tuple[int, ...], taps: int, c_out: int, dtype: torch.dtype) -> Convolution:
@@ -240,15 +277,48 @@ def conv2d(maps: int, pixels: int, depths: tuple[int, ...], taps: int, c_out: in
     block_m = 64 if 5 * 64 * -(-pixels // 64) < 4 * 128 * -(-pixels // 128) else 128
     tile = _conv2d_tile(block_m, min(depth for depth in depths if depth), c_out, dtype)
     programs = maps * -(-pixels // tile.block_m) * -(-c_out // (tile.block_n + tile.more_n))
-    steps = sum(-(-depth // tile.block_k) for depth in depths) * taps
+    return replace(tile, splits=_conv2d_splits(programs, pixels, depths, taps, tile.block_k))
+
+
+def conv2d_tma(
+    maps: int, grid: tuple[int, int], depths: tuple[int, ...], taps: int, c_out: int, dtype: torch.dtype
+) -> Convolution | None:
+    """The tile for maps that TMA can address. grid: their height and width.
+
+    None in float32, where the channels are few or no multiple of 64, and where boxes do not fit the map.
+    """
+    if dtype == torch.float32 or c_out % 64 or min(depth for depth in depths if depth) < CONV2D_TMA_DEPTH:
+        return None
+    pixels = grid[0] * grid[1]
+    for tile, least in zip(CONV2D_TMA if c_out % 128 == 0 else CONV2D_TMA_64, CONV2D_TMA_ENOUGH, strict=True):
+        tile = tile if taps > 1 else replace(tile, block_w=tile.block_m)
+        height, width = grid if taps > 1 else (1, pixels)
+        boxes = -(-height * tile.block_w // tile.block_m) * -(-width // tile.block_w)
+        programs = maps * boxes * c_out // tile.block_n
+        if programs >= least and boxes * tile.block_m <= CONV2D_TMA_LARGER * pixels:
+            splits = _conv2d_splits(programs, pixels, depths, taps, tile.block_k)
+            return replace(tile, splits=splits, tma=c_out % 160 != 0)
+    return None
+
+
+def _conv2d_splits(programs: int, pixels: int, depths: tuple[int, ...], taps: int, block_k: int) -> int:
+    steps = sum(-(-depth // block_k) for depth in depths) * taps
     most = min(CONV2D_ENOUGH // programs, steps // CONV2D_STEPS) if pixels <= CONV2D_SMALL else 1
-    return replace(tile, splits=max(1, most))
+    return max(1, most)
 
 
 CONV2D_ENOUGH = 160  # programs that a sum is split into: an H200 has 132 multiprocessors
 CONV2D_SMALL = 1024  # pixels: of larger maps no sum is split, as what adds the parts up is one program per 16 channels
 CONV2D_FINISH = (256, 16)  # pixels and channels at a time of what adds the parts up
 CONV2D_MERGE = (128, 8)  # tiles and channels at a time of what merges their moments
+# By TMA. Compiled, sm_90: of the tensor cores' cycles 21 % issue instructions at 256 pixels × 128 channels (231
+# registers), 41 % at 128 × 128 (112), and 50 % through pointers at 128 × 128. Multiples of 160 channels stay with the
+# pointers' 128 × 160, 44 %: of those tiles there are as many as multiprocessors, or a little fewer, where it matters.
+CONV2D_TMA = (Convolution(256, 128, 0, 64, 8, 3, block_w=16), Convolution(128, 128, 0, 64, 8, 3, block_w=16))
+CONV2D_TMA_64 = (Convolution(256, 64, 0, 64, 4, 3, block_w=16), Convolution(128, 64, 0, 64, 4, 4, block_w=16))
+CONV2D_TMA_ENOUGH = (200, 0)  # programs of each
+CONV2D_TMA_DEPTH = 64  # channels of each input, at least
+CONV2D_TMA_LARGER = 1.25  # times the map that boxes may cover
 CONV2D_STEPS = 8  # a split has at least so many, or filling the pipeline costs more than it saves
 
 
@@ -258,7 +328,8 @@ def _conv2d_tile(block_m: int, depth: int, c_out: int, dtype: torch.dtype) -> Co
     block_k = 16 if depth % 16 else block_k  # what is loaded number by number takes registers for each address
     if dtype == torch.float32:
         return Convolution(64, 64 if c_out > 16 else 16, 0, min(block_k, 32), 4, 2)
-    block_n, more_n = (128, 32) if c_out % 160 == 0 else (128, 0) if c_out > 64 else (64, 0) if c_out > 16 else (16, 0)
+    whole = c_out % 160 == 0 and not 100 <= capability() < 120  # where 128 × 160 spills
+    block_n, more_n = (128, 32) if whole else (128, 0) if c_out > 64 else (64, 0) if c_out > 16 else (16, 0)
     stage = (block_m + block_n + more_n) * block_k * 2
     warps = 8 if block_m == block_n == 128 else 4
     return Convolution(block_m, block_n, more_n, block_k, warps, min(4, max(3, shared_limit() // stage)))

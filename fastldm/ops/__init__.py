@@ -208,7 +208,7 @@ def conv2d(
     shift: (N or 1, O), a vector per sample (the time embedding). residual: like the output.
     stride: 1 or 2. pad: "same" (k // 2 on every side) or "end" (one row below, one column right: the VAE's encoder).
     upsample: None, or the (height, width) to which the input is first enlarged by repeating pixels, each 2n or 2n − 1.
-    w_phases: the pre-summed weights of the four-phase form of upsample + 3×3; an implementation may use them.
+    w_phases: `phase_weights(w)`; an implementation may use them where it enlarges by exactly 2.
     want_stats: a hint. -> (y, stats): y (N, O, H', W') channels_last; stats None where nobody asked, or where the
     current context says that they are not free.
     """
@@ -226,6 +226,24 @@ def conv2d(
         w_phases=w_phases,
         want_stats=want,
     )
+
+
+def phase_weights(w: Tensor) -> Tensor:
+    """Weights of the four 2×2 convolutions that are an enlargement by 2 and w (O, C, 3, 3): summed in float32.
+
+    -> (4, O, 2, 2, C), contiguous; phase 2 · (row's parity) + (column's parity). Of an even row's three taps the last
+    two see the same input row, of an odd row's the first two. 4/9 of the products.
+    """
+    taps = w.permute(2, 3, 0, 1).to(compute_dtype(w.dtype))
+    rows = _pairs(taps)  # parity, tap, 3, O, C
+    both = _pairs(rows.permute(2, 0, 1, 3, 4))  # parity and tap of the column, then of the row, O, C
+    return both.permute(2, 0, 4, 3, 1, 5).flatten(0, 1).to(w.dtype).contiguous()
+
+
+def _pairs(taps: Tensor) -> Tensor:
+    """(3, ...) -> (2, 2, ...): [[0, 1 + 2], [0 + 1, 2]]."""
+    first, second, third = taps
+    return torch.stack((first, second + third, first + second, third)).unflatten(0, (2, 2))
 
 
 def timestep_embedding(

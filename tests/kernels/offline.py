@@ -1,9 +1,11 @@
 """Kernels compiled without a GPU, and what the compiler made of them, a line of JSON each.
 
-    python -m tests.kernels.offline 90 [80 89 100 ...] [--first] [--op NAME] [--dtype NAME] [--jobs N]
+    python -m tests.kernels.offline 90 [80 89 100 ...] [--first] [--tma] [--op NAME] [--dtype NAME] [--jobs N]
 
-The arguments are tensors without memory, of the real shapes; Triton derives its specialisation keys from them as in a
-launch. A process of its own, as Triton decides between interpreter and compiler once for all.
+With --first few shapes of each op, which take every kernel of it, on sm_90 in every form; with --tma those that read by TMA where
+the arguments allow it, also where pointers are the choice of `tuning.py`. The arguments are tensors without
+memory, of the real shapes; Triton derives its specialisation keys from them as in a launch. A process of its own, as
+Triton decides between interpreter and compiler once for all.
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from io import StringIO
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,11 +33,14 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
 from benchmarks.real_shapes import REAL, Shape
-from fastldm.kernels.launch import Launch, recording
+from fastldm.kernels import tuning
+from fastldm.kernels.launch import Launch, Unsupported, recording
+from fastldm.kernels.tuning import SHARED_LIMIT
 
-DTYPES = ("float16", "bfloat16")
+DTYPES = ("float16", "bfloat16", "float32")
+# Arguments that make another program of a kernel, beyond what stands before and behind its products.
+SWITCHES = ("PARTS", "D2", "TWO", "PHASES", "SIDE", "FLAT", "TMA", "HAS_RESIDUAL", "K", "mask", "sums")
 WGMMA = {"_attention", "_short", "_linear", "_geglu", "_conv2d"}  # kernels that multiply large matrices
-SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes of a block
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Compiled:
 
 
 class Driver:
-    """As much of a GPU as compiling asks for."""
+    """As much of a GPU as compiling asks for. To Triton each target is a device, by which it keeps what it compiled."""
 
     def __init__(self, capability: int) -> None:
         self.target = GPUTarget("cuda", capability, 32)
@@ -64,16 +70,17 @@ class Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return int(self.target.arch)
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
 def launches(op: str, shape: Shape, dtype: torch.dtype) -> list[Launch]:
+    """None where the op refuses the shape in that dtype."""
     arguments, options = shape.make("meta", dtype)
     launcher = getattr(importlib.import_module(f"fastldm.kernels.{op}"), op)
-    with recording() as recorded:
+    with recording() as recorded, suppress(Unsupported):
         launcher(*arguments, **options)
     return recorded
 
@@ -89,6 +96,7 @@ def compiled(one: Launch) -> tuple[Any, str]:
 def looked_at(op: str, shape: Shape, dtype: torch.dtype, capability: int) -> Iterator[Compiled]:
     for one in launches(op, shape, dtype):
         made, fresh = compiled(one)
+        assert made.metadata.target.arch == capability
         ptx = made.asm["ptx"]
         if (capability, ptx) not in _said:
             _said[capability, ptx] = fresh or _assembled(ptx, capability)
@@ -133,38 +141,75 @@ def faults(one: Compiled) -> list[str]:
         found.append(f"{one.shared} bytes of shared memory, of {SHARED_LIMIT[one.target]}")
     if one.serialised:
         found.append("its products wait for each other")
-    if one.target == 90 and one.kernel in WGMMA and not one.wgmma:
+    if one.target == 90 and one.dtype != "float32" and one.kernel in WGMMA and not one.wgmma:
         found.append("there is no wgmma")
     return found
 
 
-Task = tuple[str, int, torch.dtype, int]  # op, which of its shapes, dtype, compute capability
+def forms(op: str, shape: Shape, dtype: torch.dtype) -> set[tuple[object, ...]]:
+    """What a shape takes: (kernel,), (kernel, switch, its value), and of products (kernel, tile)."""
+    found: set[tuple[object, ...]] = set()
+    for one in launches(op, shape, dtype):
+        name = one.kernel.fn.__name__
+        found |= {(name,), *((name, key, _value(one.arguments[key])) for key in SWITCHES if key in one.arguments)}
+        if name in WGMMA:
+            tile = (size for key, size in one.arguments.items() if key.startswith("BLOCK"))
+            found.add((name, *tile, one.warps, one.stages))
+    return found
+
+
+def _value(switch: object) -> object:
+    """Of a number whether it is 0, 1 or more, of a tensor whether it is there."""
+    return min(switch, 2) if isinstance(switch, int) else switch is not None
+
+
+def covering(shapes: Sequence[set[tuple[object, ...]]]) -> list[int]:
+    """The indices of few shapes with all forms: in turn the one with the most that are left."""
+    left, chosen = set[tuple[object, ...]]().union(*shapes), []
+    while left:
+        chosen.append(max(range(len(shapes)), key=lambda i: len(shapes[i] & left)))
+        left -= shapes[chosen[-1]]
+    return sorted(chosen)
+
+
+Task = tuple[str, int, torch.dtype, int, bool]  # op, which of its shapes, dtype, compute capability, by TMA
 
 
 def look(task: Task) -> list[Compiled]:
-    op, index, dtype, capability = task
+    op, index, dtype, capability, by_tma = task
     triton.runtime.driver.set_active(Driver(capability))
-    return list(looked_at(op, REAL[op][index], dtype, capability))
+    with tuning.tma(True) if by_tma else nullcontext():
+        return list(looked_at(op, REAL[op][index], dtype, capability))
 
 
-def tasks(targets: Iterable[int], ops: Iterable[str], dtypes: Iterable[str], *, first: bool) -> Iterator[Task]:
-    """first: one shape of each op."""
+def tasks(
+    targets: Iterable[int], ops: Iterable[str], dtypes: Iterable[str], *, first: bool, by_tma: bool
+) -> Iterator[Task]:
+    """first: few shapes of each op, which take every kernel of it; on sm_90 in every form."""
     for target in targets:
-        for op in ops:
-            for index in range(1 if first else len(REAL[op])):
-                yield from ((op, index, getattr(torch, dtype), target) for dtype in dtypes)
+        triton.runtime.driver.set_active(Driver(target))  # which tiles are taken depends on it
+        for op, name in product(ops, dtypes):
+            shapes, dtype = REAL[op], getattr(torch, name)
+            with tuning.tma(True) if by_tma else nullcontext():
+                found = [forms(op, shape, dtype) for shape in shapes] if first else []
+            if target != 90:
+                found = [{form for form in shape if len(form) == 1} for shape in found]
+            chosen = covering(found) if first else range(len(shapes))
+            yield from ((op, index, dtype, target, by_tma) for index in chosen)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile every kernel for its real shapes.")
     parser.add_argument("targets", type=int, nargs="+", choices=SHARED_LIMIT, help="compute capabilities")
-    parser.add_argument("--first", action="store_true", help="one shape of each op")
+    parser.add_argument("--first", action="store_true", help="few shapes of each op")
+    parser.add_argument("--tma", action="store_true", help="by TMA wherever it can address the tensors")
     parser.add_argument("--op", action="append", choices=list(REAL), help="this one alone")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="this one alone")
     parser.add_argument("--jobs", type=int, default=1, help="how many processes")
     options = parser.parse_args()
     bad = 0
-    todo = list(tasks(options.targets, options.op or REAL, options.dtype or DTYPES, first=options.first))
+    ops, dtypes = options.op or REAL, options.dtype or DTYPES[:2]
+    todo = list(tasks(options.targets, ops, dtypes, first=options.first, by_tma=options.tma))
     with ProcessPoolExecutor(options.jobs, get_context("spawn")) if options.jobs > 1 else nullcontext() as pool:
         for found in map(look, todo) if pool is None else pool.map(look, todo):
             for one in found:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from benchmarks import kernels
-from benchmarks.real_shapes import REAL
+from benchmarks.real_shapes import REAL, Shape
+from fastldm.kernels.launch import recording
 from fastldm.ops import reference
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -106,6 +107,44 @@ def test_ops_take_turns_and_an_error_of_the_device_ends_it(on_this_cpu: None, mo
     found = list(kernels.rows(["layer_norm", "begin_row"], torch.float32, time.monotonic() + 60))
     assert calls == ["layer_norm"] * 2 + ["begin_row"] * 2 + ["layer_norm"]
     assert len(found) == 6
+
+
+def shape_of(op: str, what: str) -> Shape:
+    return next(shape for shape in REAL[op] if what in f"{shape.model} {shape.what}")
+
+
+@pytest.mark.parametrize(
+    ("op", "what", "other"),
+    [
+        ("linear", "8192×320 by 320×320", "kernel by TMA"),
+        ("geglu", "8192×320", "kernel by TMA"),
+        ("conv2d", "VAE 512² 1×512×64×64 to 512, 3×3, residual", "kernel by pointers"),
+        ("conv2d", "SD 1.5 512² 2×320×64×64 to 320, 3×3, stride 2", None),
+        ("layer_norm", "4096×320", None),
+    ],
+)
+def test_the_other_form_is_timed_where_there_are_two(op: str, what: str, other: str | None) -> None:
+    assert kernels.other_form(op, shape_of(op, what), torch.float16) == other
+
+
+def test_a_row_for_each_form(on_this_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def arms(op: str, compiled: bool) -> dict[str, Any]:
+        return dict.fromkeys(("kernel", *kernels.FORMS), getattr(reference, op))
+
+    monkeypatch.setattr(kernels, "arms", arms)
+    monkeypatch.setattr(kernels, "REAL", {"linear": [shape_of("linear", "50×320 by 1280×320")]})
+    _, *found = kernels.rows(["linear"], torch.float16, time.monotonic() + 60)
+    assert [row["arm"] for row in found] == ["kernel", "kernel by TMA"]
+    assert all("us" in row for row in found)
+
+
+@pytest.mark.parametrize("tma", [True, False])
+def test_an_arm_takes_its_form(tma: bool) -> None:
+    arm = kernels.arms("linear", compiled=False)[next(name for name, wanted in kernels.FORMS.items() if wanted == tma)]
+    arguments, options = shape_of("linear", "50×320 by 1280×320").make("meta", torch.float16)
+    with recording() as launches:
+        arm(*arguments, **options)
+    assert launches[0].arguments["TMA"] is tma
 
 
 def test_no_row_is_begun_after_its_time(on_this_cpu: None) -> None:

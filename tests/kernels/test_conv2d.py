@@ -15,6 +15,7 @@ from fastldm.kernels import conv2d as kernel
 from fastldm.kernels import tuning
 from fastldm.kernels.launch import DTYPES, Unsupported, recording
 from fastldm.kernels.tuning import Convolution
+from fastldm.ops import phase_weights
 from tests.kernels.holding import exact_products, held
 from tests.numerics import ULPS, assert_within_twice
 from tests.ops import formulas
@@ -121,13 +122,18 @@ def formula(*arguments: Any, w_phases: Tensor | None = None, want_stats: bool = 
 
 
 def check(module: ModuleType, case: str, dtype: torch.dtype) -> None:
-    """The output against its formula, the statistics against those of the output as it was stored."""
     one = CASES[case]
+    chosen = tuning.conv2d if one.tile is None else lambda *_: one.tile
+    with patch.object(tuning, "conv2d", chosen), tuning.tma(False):
+        check_case(module, one, dtype)
+
+
+def check_case(module: ModuleType, one: Case, dtype: torch.dtype) -> None:
+    """The output against its formula, the statistics against those of the output as it was stored."""
     arguments, options = made(one, dtype)
     if one.phases:
-        options["w_phases"] = module.phase_weights(arguments[1])
-    chosen = tuning.conv2d if one.tile is None else lambda *_: one.tile
-    with patch.object(tuning, "conv2d", chosen), exact_products():
+        options["w_phases"] = phase_weights(arguments[1])
+    with exact_products():
         y, stats = held(module, "conv2d", formula, *arguments, **options, want_stats=True)
     assert y.is_contiguous(memory_format=torch.channels_last)
     check_stats(stats, y)
@@ -168,7 +174,7 @@ def test_a_split_sum_is_the_same_every_time() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weights_of_phases_are_rounded_once(dtype: torch.dtype) -> None:
     w = image(5, 7, 3, 3, dtype=dtype)
-    phases = kernel.phase_weights(w)
+    phases = phase_weights(w)
     taps = w.double()
     assert phases.shape == (4, 5, 2, 2, 7)
     assert phases.is_contiguous()
@@ -222,7 +228,7 @@ def test_what_no_kernel_takes() -> None:
         ((x, w, b), {"residual": x}, "the residual has another shape than the output"),
         ((x, w, b), {"stride": 3}, "stride 3, not 1 or 2"),
         ((x, w, b), {"upsample": (12, 8)}, "4×4 is enlarged to 12×8, not to twice that or one less"),
-        ((x, w, b), {"upsample": (8, 8), "w_phases": w}, "w_phases: see phase_weights"),
+        ((x, w, b), {"upsample": (8, 8), "w_phases": w}, "w_phases: see fastldm.ops.phase_weights"),
     ):
         with pytest.raises(Unsupported, match=reason), patch.object(kernel, "empty", side_effect=AssertionError):
             kernel.conv2d(*arguments, **options)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from unittest.mock import patch
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fastldm.kernels import geglu as kernel
 from fastldm.kernels import tuning
-from fastldm.kernels.launch import DTYPES, Unsupported
+from fastldm.kernels.launch import DTYPES, Unsupported, recording
 from fastldm.kernels.tuning import Product
 from tests.kernels.holding import exact_products, held
-from tests.kernels.test_linear import FAR, far, plain, strided
+from tests.kernels.test_linear import FAR, WHAT_TMA_CAN_ADDRESS, bare, far, plain, strided
 from tests.ops import formulas
 from tests.ops.formulas import random
 
@@ -23,12 +23,13 @@ SMALL = Product(16, 32, 16, 16, 4, 1, group=2)  # a second accumulator, and seve
 
 @dataclass(frozen=True)
 class Case:
-    """x: makes it. f: columns of the output. tile: None for that of `tuning.py`."""
+    """x: makes it. f: columns of the output. tile: None for that of `tuning.py`. tma: read by it where it can."""
 
     x: Callable[[torch.dtype], Tensor]
     f: int
     scale: float = 1.0  # of w
     tile: Product | None = None
+    tma: bool = False
 
 
 CASES: dict[str, Case] = {
@@ -46,7 +47,10 @@ CASES: dict[str, Case] = {
     "near the largest half": Case(lambda dtype: torch.tensor([[65504.0, -65504.0] * 20]).to(dtype), 8, scale=1e-4),
     FAR: Case(far, 24),
 }
-OF_EACH_DTYPE = [(case, dtype) for case in CASES for dtype in DTYPES if not (case == FAR and dtype == torch.float32)]
+CASES |= {f"{name}, by TMA": replace(case, tma=True) for name, case in CASES.items()}
+OF_EACH_DTYPE = [
+    (case, dtype) for case in CASES for dtype in DTYPES if not (case.startswith(FAR) and dtype == torch.float32)
+]
 
 
 def check(module: ModuleType, case: str, dtype: torch.dtype) -> None:
@@ -54,7 +58,7 @@ def check(module: ModuleType, case: str, dtype: torch.dtype) -> None:
     x = one.x(dtype)
     w = random(2 * one.f, x.shape[-1], dtype=dtype, scale=one.scale * x.shape[-1] ** -0.5)
     chosen = tuning.geglu if one.tile is None else lambda m, n, dtype: one.tile
-    with patch.object(tuning, "geglu", chosen), exact_products():
+    with patch.object(tuning, "geglu", chosen), tuning.tma(one.tma), exact_products():
         held(module, "geglu", formulas.geglu, x, w, random(2 * one.f, dtype=dtype))
 
 
@@ -69,6 +73,13 @@ def test_geglu(case: str, dtype: torch.dtype) -> None:
 def test_there_are_programs_enough(m: int, f: int, tile: int) -> None:
     chosen = tuning.geglu(m, 2 * f, torch.float16)
     assert chosen.columns + chosen.side == tile
+
+
+@pytest.mark.parametrize(("x", "tma"), WHAT_TMA_CAN_ADDRESS)
+def test_what_tma_can_address(x: Tensor, tma: bool) -> None:
+    with recording() as launches, tuning.tma(True):
+        kernel.geglu(x, bare(160, x.shape[1]), bare(1, 160)[0])
+    assert launches[0].arguments["TMA"] is tma
 
 
 def test_what_no_kernel_takes() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from copy import deepcopy
 from typing import Any
 
@@ -10,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.kernels import IN_PLACE, tensors
+from benchmarks.kernels import FORMS, IN_PLACE, launcher, other_form, tensors
 from benchmarks.real_shapes import REAL, Shape
+from fastldm.kernels import tuning
 from fastldm.ops import RowTables, reference
 from tests.numerics import assert_within_twice
 from tests.ops.formulas import up
@@ -20,10 +20,6 @@ pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 SHAPES = [(op, shape) for op in REAL for shape in REAL[op]]
 ROWS = 200  # of the sampler, one after the other: what depends on which program comes first, shows in some of them
-
-
-def launcher(op: str) -> Any:
-    return getattr(importlib.import_module(f"fastldm.kernels.{op}"), op)
 
 
 def name(value: object) -> str | None:
@@ -43,10 +39,16 @@ def compared(out: Any, truth: Any, yardstick: Any) -> None:
 @torch.no_grad()
 def test_real_shape(op: str, shape: Shape, dtype: torch.dtype) -> None:
     arguments, options = shape.make(DEVICE, dtype)
-    out = launcher(op)(*arguments, **options)
+    outs = [launcher(op)(*arguments, **options)]
+    other = other_form(op, shape, dtype)
+    if other is not None:
+        with tuning.tma(FORMS[other]):
+            outs.append(launcher(op)(*arguments, **options))
     yardstick = getattr(reference, op)(*arguments, **options)
-    above = next(tensors(out)).dtype  # a layer of float32 needs float64 to be judged
-    compared(out, getattr(reference, op)(*up(arguments, above), **up(options, above)), yardstick)
+    above = next(tensors(outs[0])).dtype  # a layer of float32 needs float64 to be judged
+    truth = getattr(reference, op)(*up(arguments, above), **up(options, above))
+    for out in outs:
+        compared(out, truth, yardstick)
 
 
 @pytest.mark.parametrize(("op", "shape"), [case for case in SHAPES if case[0] in IN_PLACE], ids=name)
@@ -92,6 +94,18 @@ def test_every_row_goes_on_to_the_next() -> None:
 @pytest.mark.parametrize("op", REAL)
 @torch.no_grad()
 def test_a_graph_replays_it(op: str) -> None:
+    replayed(op)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("op", ["linear", "geglu", "conv2d"])
+@torch.no_grad()
+def test_a_graph_replays_each_form(op: str, form: str) -> None:
+    with tuning.tma(FORMS[form]):
+        replayed(op)
+
+
+def replayed(op: str) -> None:
     """Twice from the same inputs: the same bits as outside."""
     arguments, options = REAL[op][0].make(DEVICE, torch.float16)
     before = [t.clone() for t in tensors((arguments, options))]

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from unittest.mock import patch
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastldm.kernels import linear as kernel
 from fastldm.kernels import tuning
-from fastldm.kernels.launch import DTYPES, Unsupported
+from fastldm.kernels.launch import DTYPES, Unsupported, recording
 from fastldm.kernels.tuning import Product
 from tests.kernels.holding import exact_products, held
 from tests.ops import formulas
@@ -24,7 +24,10 @@ PARTS = Product(16, 16, 0, 16, 4, 1, splits=4)
 
 @dataclass(frozen=True)
 class Case:
-    """x: makes it. n: rows of w, `scale` times as large as usual. tile: None for that of `tuning.py`."""
+    """x: makes it. n: rows of w, `scale` times as large as usual. tile: None for that of `tuning.py`.
+
+    tma: read by it where it can.
+    """
 
     x: Callable[[torch.dtype], Tensor]
     n: int
@@ -33,6 +36,7 @@ class Case:
     bias: bool = True
     residual: Callable[[torch.dtype], Tensor] | None = None
     tile: Product | None = None
+    tma: bool = False
 
 
 def plain(*shape: int, scale: float = 1.0, mean: float = 0.0) -> Callable[[torch.dtype], Tensor]:
@@ -75,7 +79,10 @@ CASES: dict[str, Case] = {
     ),
     FAR: Case(far, 24, residual=lambda dtype: far(dtype)[:, :24]),
 }
-OF_EACH_DTYPE = [(case, dtype) for case in CASES for dtype in DTYPES if not (case == FAR and dtype == torch.float32)]
+CASES |= {f"{name}, by TMA": replace(case, tma=True) for name, case in CASES.items()}
+OF_EACH_DTYPE = [
+    (case, dtype) for case in CASES for dtype in DTYPES if not (case.startswith(FAR) and dtype == torch.float32)
+]
 
 
 def check(module: ModuleType, case: str, dtype: torch.dtype) -> None:
@@ -85,7 +92,7 @@ def check(module: ModuleType, case: str, dtype: torch.dtype) -> None:
     options = {"act": one.act, "residual": one.residual and one.residual(dtype)}
     bias = random(one.n, dtype=dtype) if one.bias else None
     chosen = tuning.linear if one.tile is None else lambda m, n, k, dtype: one.tile
-    with patch.object(tuning, "linear", chosen), exact_products():
+    with patch.object(tuning, "linear", chosen), tuning.tma(one.tma), exact_products():
         held(module, "linear", formulas.linear, x, w, bias, **options)
 
 
@@ -116,6 +123,42 @@ def test_sums_in_parts_are_the_same_every_time() -> None:
 def test_there_are_programs_enough(m: int, n: int, k: int, tile: int, splits: int) -> None:
     chosen = tuning.linear(m, n, k, torch.float16)
     assert (chosen.columns + chosen.side, chosen.splits) == (tile, splits)
+
+
+def bare(rows: int, columns: int, first: int = 0, stride: int | None = None) -> Tensor:
+    """A matrix without memory: where it begins, and how far its rows are apart, in elements."""
+    memory = torch.empty(2**20, device="meta", dtype=torch.float16)
+    return memory.as_strided((rows, columns), (stride or columns, 1), first)
+
+
+WHAT_TMA_CAN_ADDRESS = [
+    (bare(40, 64), True),
+    (bare(40, 64, first=8), True),
+    (bare(40, 64, first=4), False),
+    (bare(40, 64, stride=72), True),
+    (bare(40, 64, stride=68), False),
+    (bare(40, 60, stride=64), False),  # x could be read, but not w
+    (bare(1, 64).expand(40, 64), False),
+]
+
+
+@pytest.mark.parametrize(("x", "tma"), WHAT_TMA_CAN_ADDRESS)
+def test_what_tma_can_address(x: Tensor, tma: bool) -> None:
+    with recording() as launches, tuning.tma(True):
+        kernel.linear(x, bare(160, x.shape[1]))
+    assert launches[0].arguments["TMA"] is tma
+
+
+@pytest.mark.parametrize(("capability", "tma"), [(89, False), (90, True), (100, True), (120, False)])
+def test_chips_that_have_tma(capability: int, tma: bool) -> None:
+    with patch.object(tuning, "capability", lambda: capability), tuning.tma(True):
+        assert tuning.by_tma(SMALL) is tma
+        assert tuning.by_tma(replace(SMALL, tma=True)) is tma
+    with patch.object(tuning, "capability", lambda: capability):
+        assert not tuning.by_tma(SMALL)
+        assert tuning.by_tma(replace(SMALL, tma=True)) is tma
+    with patch.object(tuning, "capability", lambda: capability), tuning.tma(False):
+        assert not tuning.by_tma(replace(SMALL, tma=True))
 
 
 def test_what_no_kernel_takes() -> None:

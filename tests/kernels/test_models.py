@@ -99,7 +99,7 @@ def test_a_run_of_the_sampler() -> None:
     unet, _ = unet_pair(**SMALLEST)
 
     def run(working: torch.dtype) -> Tensor:
-        plan = plan_for(unet, branches=2)
+        plan = plan_for(unet)
         walk(plan, unet, with_history(table(2), slots=3), (-6.5, 7.5))
         return plan.state[0].clone()
 

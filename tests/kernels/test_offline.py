@@ -9,11 +9,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 
 from benchmarks.real_shapes import REAL
-from tests.kernels.offline import Compiled, faults
+from fastldm.kernels import tuning
+from tests.kernels.offline import Compiled, covering, faults, forms
 from tests.kernels.sizes import FIRST
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -48,11 +51,63 @@ def test_every_op_is_in_a_group() -> None:
     assert sorted(op for ops in GROUPS for op in ops) == sorted(REAL)
 
 
-@pytest.mark.parametrize(("targets", "dtype"), [((80, 89, 100), "float16"), ((90,), "bfloat16")], ids=str)
-def test_one_shape_of_each_op_elsewhere(targets: tuple[int, ...], dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("targets", "dtype"), [((80, 89, 100), "float16"), ((90,), "bfloat16"), ((90,), "float32")], ids=str
+)
+def test_every_kernel_elsewhere(targets: tuple[int, ...], dtype: str) -> None:
     rows = made("tests.kernels.offline", *map(str, targets), "--first", "--dtype", dtype)
-    assert {(row["target"], row["op"]) for row in rows} == {(target, op) for target in targets for op in REAL}
+    found = {(row["target"], row["op"], row["kernel"]) for row in rows}
+    assert found == {(target, op, name) for target in targets for op in REAL for name in kernels(op, target, dtype)}
     assert not [row for row in rows if row["faults"]]
+
+
+TMA = ("geglu", "linear", "conv2d")
+
+
+def test_every_form_by_tma() -> None:
+    """Also where `tuning.py` prefers pointers: a GPU will tell which is faster."""
+    words = ("--first", "--tma", "--dtype", "float16", *(word for op in TMA for word in ("--op", op)))
+    rows = made("tests.kernels.offline", "90", *words)
+    assert {row["op"] for row in rows} == set(TMA)
+    assert not [row for row in rows if row["faults"]]
+
+
+def kernels(op: str, target: int, dtype: str) -> set[str]:
+    """The names of all that its real shapes launch."""
+    with patch.object(tuning, "capability", lambda: target):
+        found = set().union(*(forms(op, shape, getattr(torch, dtype)) for shape in REAL[op]))
+    return {str(form[0]) for form in found}
+
+
+FORMS = {
+    "attention": {
+        *(("_attention", key, n) for key, n in (("PARTS", 1), ("PARTS", 2), ("D2", 0), ("D2", 2))),
+        *(("_short", key, n) for key, n in (("D2", 0), ("D2", 2), ("mask", False), ("mask", True))),
+    },
+    "group_norm": {(name, "TWO", two) for name in ("_whole", "_moments", "_merge", "_apply") for two in (False, True)},
+    "linear": {("_linear", "SIDE", 0), ("_linear", "SIDE", 2), ("_sum_of_parts",)},
+    "conv2d": {
+        ("_conv2d", "PHASES", 1),
+        ("_conv2d", "PHASES", 2),
+        ("_conv2d", "sums", True),
+        ("_finish",),
+        ("_merge",),
+    },
+}
+
+
+@pytest.mark.parametrize("op", FORMS)
+def test_few_shapes_take_every_form(op: str) -> None:
+    each = [forms(op, shape, torch.float16) for shape in REAL[op]]
+    chosen = covering(each)
+    assert set().union(*(each[i] for i in chosen)) == set().union(*each) >= FORMS[op]
+    assert len(chosen) < len(each) / 3
+
+
+def test_covering_takes_those_with_most_first() -> None:
+    a, b, c, d = ((name,) for name in "abcd")
+    assert covering([{a}, {a, b}, {c}, {a, b, d}, set()]) == [2, 3]
+    assert covering([]) == []
 
 
 def test_faults_are_seen() -> None:
@@ -68,11 +123,13 @@ def test_faults_are_seen() -> None:
     ):
         (fault,) = faults(replace(sound, **change))
         assert said in fault
+    assert faults(replace(sound, wgmma=0, dtype="float32")) == []
 
 
-def test_thirty_sizes_compile_nothing_new() -> None:
-    """Behind 512², 768², 1024², 256² and one that is not square: those take every tile there is for these models."""
-    rows = made("tests.kernels.sizes")
+@pytest.mark.parametrize("words", [(), ("--tma",)], ids=["as chosen", "by TMA"])
+def test_thirty_sizes_compile_nothing_new(words: tuple[str, ...]) -> None:
+    """Behind 512², 768², 1024², 256² and two that are not square: those take every tile there is for these models."""
+    rows = made("tests.kernels.sizes", *words)
     assert len(rows) - len(FIRST) >= 30
     assert len({tuple(row["size"]) for row in rows}) == len(rows)
     assert rows[0]["launches"] > 300
