@@ -103,14 +103,14 @@ def diffusers_step(unet: Any, x: Tensor, states: Tensor, steps: int) -> Callable
 def fastldm_step(unet: UNet, x: Tensor, states: Tensor, steps: int) -> Callable[[], Tensor]:
     table = sampler_table(scheduler_config(SCHEDULER), steps)
     guidance = Guidance(np.tile([1 - SCALE, SCALE], (table.rows, 1)), np.zeros(table.rows))
-    plan = Plan(unet, Shape(batch=1, branches=2, height=x.shape[2], width=x.shape[3], length=states.shape[1]))
+    plan = Plan(unet, Shape(batch=1, height=x.shape[2], width=x.shape[3], length=states.shape[1]))
     modulation = unet.modulation(torch.from_numpy(table.timesteps).float())
 
     @torch.no_grad()
     def step() -> Tensor:
         plan.start(x.float(), states=states)
         plan.fill(slice(0, 1), table, guidance, modulation)
-        plan.replay()
+        plan.replay(2)
         return plan.state[0]
 
     return step

@@ -41,6 +41,7 @@ class Arguments:
     sigmas: object = None
     guidance_scale: object = None
     guidance_rescale: object = 0.0
+    guidance_interval: object = None
     image_guidance_scale: object = None
     num_images_per_prompt: object = 1
     eta: object = 0.0

@@ -36,6 +36,7 @@ class CallView:
         "_guidance_scale",
         "_image_guidance_scale",
         "_interrupt",
+        "_interval",
         "_num_timesteps",
         "_pipeline",
         "_task",
@@ -48,6 +49,7 @@ class CallView:
             "_guidance_scale": asked.scales.text,
             "_guidance_rescale": asked.scales.rescale,
             "_image_guidance_scale": asked.scales.image,
+            "_interval": asked.scales.interval,
             "_interrupt": False,
             "_clip_skip": asked.words.clip_skip or None,
             "_num_timesteps": rows,
@@ -71,7 +73,8 @@ class CallView:
         object.__setattr__(self, name, flag(name, value) if name == "_interrupt" else value)
 
     def scales(self) -> Scales:
-        scales = Scales(self._task, self._guidance_scale, self._image_guidance_scale, self._guidance_rescale)
+        set_here = (self._guidance_scale, self._image_guidance_scale, self._guidance_rescale)
+        scales = Scales(self._task, *set_here, interval=self._interval)
         try:
             return check_scales(scales)
         except ArgumentError as error:
@@ -156,7 +159,7 @@ class Watched:
             negative = _like(changed["negative_prompt_embeds"], "negative_prompt_embeds", states[:batch].shape)
             found["prompt_embeds"] = torch.cat((negative.to(states), states[batch:]))
         self.scales = scales
-        self.run.change(guidance=tasks.guidance(scales, self.run.job.table.rows), **self._fields(found))
+        self.run.change(guidance=tasks.guidance(scales, self.run.job.table), **self._fields(found))
 
     def _fitted(self, name: str, t: Tensor, now: Tensor, rows: int) -> Tensor:
         """With `rows` rows: where there are fewer branches than now, the last ones.

@@ -425,6 +425,40 @@ def _values(value: Any) -> str:
     return text if text.isprintable() else repr(text)
 
 
+@main.command(short_help="Compile a model's kernels ahead of its first image.")
+@click.argument("model", metavar="MODEL", type=PATH)
+@click.option("--size", "sizes", metavar="WIDTHxHEIGHT", type=Size(), multiple=True, help="In pixels; may be repeated.")
+@click.option("-n", "--n", "images", metavar="N", type=click.IntRange(1, 16), default=1, help="Images at once.")
+@click.option("--dtype", type=DTYPE, default="fp16", help="To compute in. Default: fp16.")
+@click.option("--target", metavar="CHIP", help="Such as sm_90, which need not be here. Default: the GPU that is here.")
+@click.option("--jobs", metavar="N", type=click.IntRange(1, 256), help="Processes. Default: one for each processor.")
+@of_its_parts
+@of_a_model
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@reported
+def warmup(
+    model: str,
+    sizes: tuple[tuple[int, int], ...],
+    images: int,
+    dtype: str,
+    target: str | None,
+    jobs: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Compile the kernels that MODEL needs on a GPU; they are kept for every process to come."""
+    with importing():
+        import torch
+
+        from fastldm import warmup as library
+        from fastldm.asked import Asked
+
+    kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    done = library.warmup(Asked(model, **options), sizes, images=images, dtype=kind, target=target, jobs=jobs)
+    line = f"{done.kernels} kernels, {done.compiled} compiled now, {done.seconds:.1f} s"
+    click.echo(json.dumps(asdict(done)) if as_json else line)
+
+
 @main.command("samplers")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_samplers(as_json: bool) -> None:

@@ -27,9 +27,11 @@ from fastldm.image import Images, to_output, to_unit
 from fastldm.request import Callback, Request
 from fastldm.runtime import explain, memory
 from fastldm.runtime.build import engine_from, planned
-from fastldm.runtime.engine import Engine, Run
-from fastldm.runtime.place import asked_device, asked_dtype, device_type
+from fastldm.runtime.engine import Engine, Job
+from fastldm.runtime.place import asked_backend, asked_device, asked_dtype, device_type
 from fastldm.runtime.plan import Shape
+from fastldm.runtime.rehearse import Networks
+from fastldm.runtime.warmup import Warmed, asked_chip, warm_up
 from fastldm.sampling import SamplerTable, SchedulerConfig, noise, sampler_table
 from fastldm.sampling.choice import chosen
 from fastldm.surface import Surface, geometry
@@ -74,6 +76,7 @@ class Pipeline(Surface):
         prediction_type: str | None = None,
         extract_ema: bool = False,
         use_safetensors: bool | None = None,
+        backend: str = "reference",
         **others: Any,
     ) -> None:
         """
@@ -89,6 +92,8 @@ class Pipeline(Surface):
         For a single file alone: config: a folder in diffusers' layout with its configurations. original_config: its
         yaml file, in place of the one beside it. prediction_type: "epsilon" or "v_prediction", in place of what it
         shows. extract_ema: take its averaged weights.
+        backend: who computes: "reference" is plain PyTorch, the yardstick; "auto" chooses for each op, as `explain()`
+        tells, and captures graphs on a GPU; "fused" has our kernels alone.
         others: what diffusers' pipelines take beside, as docs/drop-in.md lists it.
         Raises `ArgumentError` naming the argument; `FileError`, `ConfigError` or `WeightsError` naming the file.
         """
@@ -111,13 +116,14 @@ class Pipeline(Surface):
             extract_ema=extract_ema,
             use_safetensors=use_safetensors,
         )
-        runs_in, runs_on = asked_dtype(torch_dtype, dtype), asked_device(device)
+        runs_in, runs_on, by = asked_dtype(torch_dtype, dtype), asked_device(device), asked_backend(backend)
         self._decoding, self._bar = Decoding(), {}
         self._name = None if model is None else os.fspath(model)
         with assemble(asked) as made:
             self._scheduler = made.scheduler
             self._tokenizer = made.tokenizer(planned("text_encoder", made.parts["text_encoder"]).config)
-            self._engine = engine_from(made.parts, dtype=runs_in or made.dtype, device=runs_on or made.device)
+            runs_in, runs_on = runs_in or made.dtype, runs_on or made.device
+            self._engine = engine_from(made.parts, dtype=runs_in, device=runs_on, backend=by)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Self:
@@ -145,6 +151,8 @@ class Pipeline(Surface):
             raise ArgumentError("model: the components are those of the other pipeline", field="model")
         if isinstance(options.get("scheduler"), str):
             options["scheduler"] = chosen(options["scheduler"], chosen(components.get("scheduler"), _ANY))
+        if isinstance(pipeline, Pipeline):
+            options.setdefault("backend", pipeline._engine.backend)
         runs_in = asked_dtype(options.pop("torch_dtype", None), options.pop("dtype", None))
         runs_on = asked_device(options.pop("device", None))
         needed = {name: components.get(name) for name in NEEDED}
@@ -165,6 +173,7 @@ class Pipeline(Surface):
         sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
         image_guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
@@ -194,8 +203,10 @@ class Pipeline(Surface):
         images are resized to them.
         num_inference_steps: 50, for instruct-pix2pix 100. timesteps, sigmas: the caller's own, in place of a number.
         guidance_scale: s of classifier-free guidance (arXiv 2207.12598), 7.5; 1 and below computes no unconditional
-        branch. guidance_rescale: φ of arXiv 2305.08891, section 3.4. image_guidance_scale: of instruct-pix2pix
-        (arXiv 2211.09800), 1.5. eta: η of DDIM (arXiv 2010.02502) and TCD; others ignore it.
+        branch. guidance_rescale: φ of arXiv 2305.08891, section 3.4. guidance_interval: (lo, hi), shares of the steps
+        that are run: guidance from step int(lo · steps) to before int(hi · steps), in the others the prompt's branch
+        alone, which saves the products of the rest (arXiv 2404.07724); None guides all. image_guidance_scale: of
+        instruct-pix2pix (arXiv 2211.09800), 1.5. eta: η of DDIM (arXiv 2010.02502) and TCD; others ignore it.
         generator: one torch.Generator, or one for each image; None draws from the system's entropy. seed: in place of
         generator; image k has the generator seeded with seed + k, or with the k-th of a list.
         latents: the first noise, (images, channels, height / factor, width / factor), unit variance.
@@ -228,6 +239,7 @@ class Pipeline(Surface):
             sigmas=sigmas,
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval,
             image_guidance_scale=image_guidance_scale,
             num_images_per_prompt=num_images_per_prompt,
             eta=eta,
@@ -274,8 +286,41 @@ class Pipeline(Surface):
         side = [n // model.factor for n in request.pixels(model, height, width)]
         images = integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
         branches = 3 if model.task == "instruct" else 2
-        shape = Shape(images, branches, side[0], side[1], self._tokenizer.length)
-        print(explain.table(list(explain.explained(engine, shape, device_type(device) or engine.device.type))))
+        shape = Shape(images, side[0], side[1], self._tokenizer.length)
+        rows = explain.explained(engine, shape, branches, device_type(device) or engine.device.type)
+        print(explain.table(list(rows)))
+
+    def warmup(
+        self,
+        sizes: Sequence[tuple[int, int]] = (),
+        *,
+        num_images_per_prompt: int = 1,
+        target: str | None = None,
+        jobs: int | None = None,
+    ) -> Warmed:
+        """Compiles the kernels of text to image in these sizes, side by side; where rows are captured, captures them.
+
+        The processes run the caller's script up to `if __name__ == "__main__":`, which must guard it.
+
+        sizes: (height, width) in pixels; the model's own where there are none. target: a chip such as "sm_90", which
+        need not be here; None is the GPU that is. jobs: processes, one for each processor where None.
+        Raises `ArgumentError` naming the argument.
+        """
+        engine = self._engine
+        model, chip = geometry(engine, self._tokenizer), asked_chip(target)
+        images = integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
+        checked = [request.pixels(model, *size) for size in sizes] or [request.pixels(model, None, None)]
+        guided = 3 if model.task == "instruct" else 2
+        calls = [
+            (Shape(images, height // model.factor, width // model.factor, self._tokenizer.length), branches)
+            for height, width in checked
+            for branches in (guided, 1)
+        ]
+        workers = None if jobs is None else integer("jobs", jobs, 1, 256)
+        warmed = warm_up(Networks.of(engine), calls, capability=chip, jobs=workers)
+        for shape, branches in calls:
+            engine.prepare(shape, branches)
+        return warmed
 
     def _called(self, given: Arguments, scheduler: object) -> PipelineOutput:
         """What of the pipeline may change is read once, so that who changes it does so for the next call."""
@@ -287,29 +332,30 @@ class Pipeline(Surface):
     @torch.no_grad()
     def _painted(self, asked: Request, engine: Engine, config: SchedulerConfig) -> PipelineOutput:
         table, how = _table(config, asked), replace(self._decoding)
+        tasks.guidance(asked.scales, table)  # refuses an interval without a step
         memory.check(engine, _call(asked, table, how, self._tokenizer.length))
         asked.cancel.check()
         states = text.states(engine, self._tokenizer, asked.words, asked.scales.branches)
         asked.cancel.check()
         job = tasks.job(engine, asked, table, states, slicing=how.slicing, tiling=how.tiling)
-        painted = self._run(asked, engine.begin(job))
+        painted = self._run(asked, engine, job)
         images: Images = painted
         if asked.output_type != "latent":
             images = _finished(asked, _decoded(asked, engine, painted, how))
         return PipelineOutput(images)
 
-    def _run(self, asked: Request, run: Run) -> Tensor:
+    def _run(self, asked: Request, engine: Engine, job: Job) -> Tensor:
         """The latents after the last row, (B, C, H, W), float32."""
-        table = run.job.table
-        watched = Watched(self, asked, run) if asked.callback is not None else None
-        asked.cancel.check()
-        with self.progress_bar(total=table.steps) as bar:
-            for row in run:
-                bar.update(int(table.ends_step[row]))
-                if watched is not None and not watched.goes_on(row):
-                    break
-                asked.cancel.check()
-        return run.result()
+        with engine.begin(job) as run:
+            watched = Watched(self, asked, run) if asked.callback is not None else None
+            asked.cancel.check()
+            with self.progress_bar(total=job.table.steps) as bar:
+                for row in run:
+                    bar.update(int(job.table.ends_step[row]))
+                    if watched is not None and not watched.goes_on(row):
+                        break
+                    asked.cancel.check()
+            return run.result()
 
 
 def _table(config: SchedulerConfig, asked: Request) -> SamplerTable:
@@ -329,6 +375,7 @@ def _call(asked: Request, table: SamplerTable, how: Decoding, window: int) -> me
     return memory.Call(
         batch=asked.batch,
         branches=asked.scales.branches,
+        alone=asked.scales.branches > 1 and asked.scales.interval != (0.0, 1.0),
         height=asked.height,
         width=asked.width,
         steps=table.rows,

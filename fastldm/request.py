@@ -84,12 +84,16 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Scales:
-    """How strongly a call is guided by its text, and for instruct-pix2pix by its image; a callback may change it."""
+    """How strongly a call is guided by its text, and for instruct-pix2pix by its image; a callback may change it.
+
+    interval: from which share of the steps on, and up to which.
+    """
 
     task: Task
     text: float
     image: float
     rescale: float
+    interval: tuple[float, float] = (0.0, 1.0)
 
     @property
     def branches(self) -> int:
@@ -344,8 +348,20 @@ def _scales(task: Task, defaults: Defaults, given: Arguments) -> Scales:
             text=defaults.guidance if scale is None else scale,  # type: ignore[arg-type]
             image=defaults.image_guidance if image_scale is None else image_scale,  # type: ignore[arg-type]
             rescale=given.guidance_rescale,  # type: ignore[arg-type]
+            interval=_interval(given.guidance_interval),
         )
     )
+
+
+def _interval(value: object) -> tuple[float, float]:
+    if value is None:
+        return 0.0, 1.0
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise wrong("guidance_interval", value, "must be two numbers from 0 to 1, the first the smaller")
+    low, high = (number("guidance_interval", share, 0, 1) for share in value)
+    if not low < high:
+        raise wrong("guidance_interval", value, "must be two numbers from 0 to 1, the first the smaller")
+    return low, high
 
 
 def check_scales(scales: Scales) -> Scales:

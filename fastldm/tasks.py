@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from fastldm.errors import ArgumentError
 from fastldm.model.vae import Posterior
 from fastldm.request import Request, Scales
 from fastldm.runtime.engine import Engine, Job
@@ -118,7 +120,7 @@ class Studio:
     ) -> Job:
         return Job(
             table=self.table,
-            guidance=guidance(self.request.scales, self.table.rows),
+            guidance=guidance(self.request.scales, self.table),
             x=x,
             states=states,
             noise=noise.RowNoise(self.table, x.shape, self.request.generator, device=self.engine.device),
@@ -146,5 +148,12 @@ def job(
     return studio.image_to_image(states, request.source)
 
 
-def guidance(scales: Scales, rows: int) -> Guidance:
-    return Guidance(np.tile(scales.weights, (rows, 1)), np.full(rows, scales.rescale))
+def guidance(scales: Scales, table: SamplerTable) -> Guidance:
+    weights, rescale = np.tile(scales.weights, (table.rows, 1)), np.full(table.rows, scales.rescale)
+    step: NDArray[np.int64] = np.cumsum(table.ends_step) - table.ends_step  # that a row belongs to
+    first, end = (int(share * table.steps + 1e-9) for share in scales.interval)  # 0.29 · 100 is a little less than 29
+    on: NDArray[np.bool_] = (first <= step) & (step < end)
+    if not on.any():
+        reason = f"guides none of {table.steps} steps"
+        raise ArgumentError(f"guidance_interval = {scales.interval}: {reason}", field="guidance_interval")
+    return Guidance(weights, rescale, None if on.all() else on)

@@ -84,6 +84,7 @@ bad("A15", ALL, "guidance_rescale", math.nan)
 bad("A15", ["instruct"], "image_guidance_scale", math.nan)
 bad("A16", ALL, "guidance_scale", math.inf, -math.inf, 1e30, -1.0, 101, "7.5", [7.5])
 bad("A16", ALL, "guidance_rescale", math.inf, -0.1, 1.5)
+bad("A16", ALL, "guidance_interval", (0.0, math.inf), (-1, 0.5), (0.0, "1"))
 bad("A16", ALL, "eta", -5, 5, math.inf, math.nan, "0")
 bad("A16", ["instruct"], "image_guidance_scale", math.inf, -1, 1e30)
 
@@ -453,6 +454,7 @@ ARGUMENTS = [
         "sigmas",
         "guidance_scale",
         "guidance_rescale",
+        "guidance_interval",
         "image_guidance_scale",
         "num_images_per_prompt",
         "eta",

@@ -25,7 +25,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 ARROWS: Mapping[str, set[str]] = {
     "fastldm": {"errors"},
     "__main__": {"cli"},
-    "cli": {"paint", "signals", "fastldm", "convert", "info"},
+    "cli": {"paint", "signals", "fastldm", "convert", "info", "warmup"},
     "paint": {"pipeline", "png", "signals", "fastldm"},
     "png": {"weights"},
     "signals": set(),
@@ -36,6 +36,7 @@ ARROWS: Mapping[str, set[str]] = {
     "components": {"arguments", "drop_in", "hub_config", "prompt", "runtime", "sampling"},
     "save": {"convert", "runtime", "sampling", "tokenizer_files", "weights"},
     "convert": {"assemble", "asked", "runtime", "sampling", "tokenizer_files", "weights"},
+    "warmup": {"assemble", "asked", "runtime"},
     "info": {"assemble", "asked", "png", "runtime", "tokenizer_files", "weights"},
     "assemble": {"asked", "components", "prompt", "runtime", "sampling", "tokenizer_files", "weights"},
     "asked": {"runtime", "weights"},

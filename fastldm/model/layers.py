@@ -52,13 +52,24 @@ class Linear(nn.Module):
 
 
 class Conv2d(nn.Module):
-    """weight (c_out, c_in, k, k), channels_last; bias (c_out,). normed: a group norm may read what it writes."""
+    """weight (c_out, c_in, k, k), channels_last; bias (c_out,). normed: a group norm may read what it writes.
 
-    def __init__(self, c_in: int, c_out: int, kernel: int, *, normed: bool = True) -> None:
+    enlarges: called with `upsample`, so that `w_phases` serves it, once it is derived.
+    """
+
+    w_phases: Tensor | None
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, *, normed: bool = True, enlarges: bool = False) -> None:
         super().__init__()
-        self.normed = normed
+        self.normed, self.enlarges = normed, enlarges
         self.weight = empty(c_out, c_in, kernel, kernel)
         self.bias = empty(c_out)
+        self.register_buffer("w_phases", None, persistent=False)
+
+    def derive(self) -> None:
+        """What is computed from the parameters, anew, in place where it is there."""
+        phases = ops.phase_weights(self.weight)
+        self.w_phases = phases if self.w_phases is None else self.w_phases.copy_(phases)
 
     def forward(
         self,
@@ -81,6 +92,7 @@ class Conv2d(nn.Module):
             stride=stride,
             pad=pad,
             upsample=upsample,
+            w_phases=self.w_phases,
             want_stats=self.normed,
         )
         return Map(y, stats)
@@ -147,7 +159,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = Conv2d(channels, channels, 3)
+        self.conv = Conv2d(channels, channels, 3, enlarges=True)
 
     def forward(self, h: Map, size: tuple[int, int]) -> Map:
         return self.conv(h, upsample=size)
@@ -255,6 +267,20 @@ class SpatialAttention(nn.Module):
 
     def forward(self, h: Map) -> Map:
         return Map(pixels(self.attention(tokens(self.group_norm(h).x), residual=tokens(h.x)), h.x))
+
+
+def derive(network: nn.Module, parameter: str | None = None) -> None:
+    """Computes what the layers derive from their parameters where it is not there yet.
+
+    Of the layer of `parameter` alone where one is named, and then anew what is there.
+    """
+    if parameter is None:
+        missing = (m for m in network.modules() if isinstance(m, Conv2d) and m.enlarges and m.w_phases is None)
+    else:
+        layer = network.get_submodule(parameter.rpartition(".")[0])
+        missing = (m for m in (layer,) if isinstance(m, Conv2d) and m.w_phases is not None)
+    for convolution in missing:
+        convolution.derive()
 
 
 def tokens(x: Tensor) -> Tensor:

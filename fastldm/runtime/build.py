@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from fastldm import config
-from fastldm.errors import ArgumentError, ConfigError, brief
+from fastldm.errors import ArgumentError, ConfigError, WeightsError, brief
 from fastldm.model.clip import TextEncoder
 from fastldm.model.unet import UNet
 from fastldm.model.vae import AutoencoderKL
 from fastldm.runtime.engine import Engine
+from fastldm.runtime.merge import Merged
 from fastldm.sampling.config import CLASSES
 from fastldm.weights.files import ModelFolder
 from fastldm.weights.header import TensorInfo
@@ -54,7 +55,9 @@ RUN = ("unet", "vae", "text_encoder")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
-def engine_from(parts: Mapping[str, Part | nn.Module], *, dtype: torch.dtype, device: torch.device) -> Engine:
+def engine_from(
+    parts: Mapping[str, Part | nn.Module], *, dtype: torch.dtype, device: torch.device, backend: str = "reference"
+) -> Engine:
     """parts: of "unet", "vae" and "text_encoder"; a module of ours in place of a part is shared.
 
     Raises `FileError`, `ConfigError` or `WeightsError`; every configuration, name and shape is checked before a weight
@@ -71,6 +74,7 @@ def engine_from(parts: Mapping[str, Part | nn.Module], *, dtype: torch.dtype, de
         unet=filled(unet, tensors[0], dtype=dtype),
         vae=filled(vae, tensors[1], dtype=vae_dtype(vae.config, dtype)),
         text_encoder=filled(text, tensors[2], dtype=dtype),
+        backend=backend,
     )
 
 
@@ -136,6 +140,8 @@ def _converted(name: str, network: Any, dtype: torch.dtype, device: torch.device
     weight = next(network.parameters())
     if (weight.dtype, weight.device) == (dtype, device):
         return network
+    if Merged(network).touched:
+        raise WeightsError(f"{name}: its weights are merged with others: restore them, then move it", field=name)
     empty = _remembering(skeleton(lambda: type(network)(network.config)), hub_json(network))
     return fill(empty, Held(name, network), dtype=dtype, device=device)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,10 +15,18 @@ from torch import Tensor
 from fastldm import ops
 from fastldm.errors import ForkError, NonFiniteError
 from fastldm.model.clip import TextEncoder
+from fastldm.model.layers import derive
 from fastldm.model.unet import Added, UNet
 from fastldm.model.vae import AutoencoderKL, Posterior
+from fastldm.runtime.graph import CudaGraphs, Eager, Graphs, Stage
+from fastldm.runtime.merge import Merged
 from fastldm.runtime.plan import Guidance, Inpainting, Plan, Shape
+from fastldm.runtime.pool import Pool
 from fastldm.sampling import SamplerTable
+
+NETWORKS = ("unet", "vae", "text_encoder")
+Function = Callable[..., tuple[Tensor, ...]]
+KEPT_BYTES = 2 << 30  # of plans and stages that no call uses, where making them anew would be capturing them anew
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Engine:
-    """The networks of a latent diffusion model on a device. All methods are free of side effects on the engine."""
+    """The networks of a latent diffusion model on a device; any number of threads may call it.
+
+    backend: who computes the ops, see `fastldm.ops`. On a GPU all but "reference" is captured in graphs. pool: plans
+    and stages from one call for the next. weights: of each network, to be changed in place while no call runs.
+    """
 
     unet: UNet
     vae: AutoencoderKL
@@ -50,22 +62,57 @@ class Engine:
     device: torch.device = field(init=False)
     dtype: torch.dtype = field(init=False)
     process: int = field(init=False)
+    graphs: Graphs = field(init=False, compare=False)
+    pool: Pool = field(init=False, compare=False)
+    weights: dict[str, Merged] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "device", self.unet.conv_in.weight.device)
-        object.__setattr__(self, "dtype", self.unet.conv_in.weight.dtype)
-        object.__setattr__(self, "process", os.getpid())
+        weight = self.unet.conv_in.weight
+        device = weight.device
+        captures = device.type == "cuda" and self.backend != "reference"
+        made = {
+            "device": device,
+            "dtype": weight.dtype,
+            "process": os.getpid(),
+            "graphs": CudaGraphs(device) if captures else Eager(),
+            "pool": Pool(KEPT_BYTES if captures else 0),
+            "weights": {name: Merged(getattr(self, name)) for name in NETWORKS},
+        }
+        for name, value in made.items():
+            object.__setattr__(self, name, value)
+        if self.backend != "reference":
+            with torch.inference_mode(False), torch.no_grad():
+                for name in NETWORKS:
+                    derive(getattr(self, name))
 
     def encode_text(self, ids: Tensor, *, clip_skip: int = 0) -> Tensor:
         """ids: (B, L) -> the last hidden states (B, L, width), `clip_skip` layers earlier, normalised."""
         self.check_process()
-        with self.using():
-            return self.text_encoder(ids.to(self.device), skip=clip_skip).states
+        (states,) = self._staged(
+            ("text", ids.shape, clip_skip),
+            lambda ids: (self.text_encoder(ids, skip=clip_skip).states,),
+            ids.to(self.device),
+        )
+        return states
 
-    def begin(self, job: Job) -> Run:
-        """The job on buffers of its own, before its first row."""
+    @contextmanager
+    def begin(self, job: Job) -> Iterator[Run]:
+        """The job before its first row; in this context it has a plan of its own."""
         self.check_process()
-        return Run(self, job)
+        with ExitStack() as leases:
+            yield Run(self, job, leases)
+
+    def prepare(self, shape: Shape, branches: int) -> None:
+        """Captures a row for calls to come, where that is done here."""
+        self.check_process()
+        if not self.graphs.captures:
+            return
+        with self.using(), self.graphs.turn(), torch.no_grad(), self.plan(shape) as plan:
+            plan.of(branches)
+
+    def plan(self, shape: Shape) -> AbstractContextManager[Plan]:
+        """A plan that nobody else has in this context."""
+        return self.pool.lease(shape, lambda: Plan(self.unet, shape, self.graphs))
 
     def decode(self, latents: Tensor, *, tiling: bool = False) -> Tensor:
         """latents: (B, C, H, W) -> pixels (B, 3, factor·H, factor·W) in the VAE's dtype, about −1..1.
@@ -75,9 +122,13 @@ class Engine:
         self.check_process()
         weight = self.vae.decoder.conv_in.weight
         z = self.vae.from_latents(latents).to(weight.dtype, memory_format=torch.channels_last)
-        with self.using():
+
+        def decoded(z: Tensor) -> tuple[Tensor, Tensor]:
             pixels = self.vae.decode(z, tiling=tiling)
-        if not bool(torch.isfinite(pixels).all()):
+            return pixels, torch.isfinite(pixels).all()
+
+        pixels, finite = self._staged(("decode", z.shape, tiling), decoded, z)
+        if not bool(finite):
             raise NonFiniteError(f"the decoded image is not finite in {weight.dtype}; try a wider dtype", field="image")
         return pixels
 
@@ -88,15 +139,27 @@ class Engine:
         with self.using():
             return self.vae.encode(image.to(weight, memory_format=torch.channels_last), slicing=slicing, tiling=tiling)
 
+    def _staged(self, key: tuple[object, ...], function: Function, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """function(*inputs), captured where that is done here. key: all that its work depends on but the numbers."""
+        with self.using():
+            if not self.graphs.captures:
+                return function(*inputs)
+            with self.graphs.turn(), self.pool.lease(key, lambda: Stage(self.graphs, function, inputs)) as stage:
+                return stage(*inputs)
+
     def check_process(self) -> None:
         """Raises `ForkError` in a fork of the process that made the engine: OpenMP and CUDA hang or crash there."""
         if os.getpid() != self.process:
             advice = "start this process with spawn, or call torch.set_num_threads(1) in it and make the pipeline here"
             raise ForkError(f"the pipeline was made in process {self.process}, and this is a fork of it: {advice}")
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __getstate__(self) -> dict[str, Any]:
         """A pickled engine belongs to the process that reads it."""
-        self.__dict__.update(state, process=os.getpid())
+        return {name: getattr(self, name) for name in (*NETWORKS, "backend")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
 
     @contextmanager
     def using(self) -> Iterator[None]:
@@ -106,10 +169,13 @@ class Engine:
 
 
 class Run:
-    """A job under way. Iterate over it: after every row it yields the row's index. Not for two threads at once."""
+    """A job under way. Iterate over it: after every row it yields the row's index. Not for two threads at once.
 
-    def __init__(self, engine: Engine, job: Job) -> None:
-        self.engine, self.job = engine, job
+    leases: holds the plan as long as the run may use it.
+    """
+
+    def __init__(self, engine: Engine, job: Job, leases: ExitStack) -> None:
+        self.engine, self.job, self._leases = engine, job, leases
         timesteps = torch.from_numpy(job.table.timesteps.astype(np.float32)).to(engine.device)
         with engine.using():
             self.modulation = engine.unet.modulation(timesteps, job.added)
@@ -128,18 +194,19 @@ class Run:
 
     def change(self, **fields: Any) -> None:
         """`states`, `guidance`, `extra_channels` or `inpainting` of the job: for the rows to come."""
-        state, job = self.plan.state, replace(self.job, **fields)
+        state, job = self.plan.state.clone(), replace(self.job, **fields)
         self.plan, self.job, self._changed = self._started(job), job, True
         self.plan.state.copy_(state)
 
     def result(self) -> Tensor:
         """The latents (B, C, H, W) after the last row. Raises `NonFiniteError` where they hold NaN or infinity."""
-        if not bool(torch.isfinite(self.latents).all()):
+        latents = self.latents.clone()  # the state is a larger buffer, and the next run's
+        if not bool(torch.isfinite(latents).all()):
             raise NonFiniteError(
                 f"the latents are not finite after the last step in {self.engine.dtype}; try a wider dtype",
                 field="latents",
             )
-        return self.latents.clone()  # the state is a larger buffer
+        return latents
 
     def _unchanged(self) -> Iterator[int]:
         """The rows until the job is changed."""
@@ -155,8 +222,23 @@ class Run:
 
     def _started(self, job: Job) -> Plan:
         batch, _, height, width = job.x.shape
-        shape = Shape(batch, len(job.states) // batch, height, width, job.states.shape[1])
-        with self.engine.using():
-            plan = Plan(self.engine.unet, shape, modulations=self.modulation.shape[1])
-            plan.start(job.x, states=job.states, extra_channels=job.extra_channels, inpainting=job.inpainting)
+        shape = Shape(batch, height, width, job.states.shape[1], shared=self.modulation.shape[1] == 1)
+        engine, on = self.engine, job.guidance.on
+        with engine.using(), engine.graphs.turn():
+            plan = self._plan_of(shape)
+            plan.start(
+                job.x,
+                states=job.states,
+                extra_channels=job.extra_channels,
+                inpainting=job.inpainting,
+                alone=on is not None and not on.all(),
+            )
         return plan
+
+    def _plan_of(self, shape: Shape) -> Plan:
+        """The present one where it fits."""
+        plan: Plan | None = getattr(self, "plan", None)
+        if plan is not None and plan.shape == shape:
+            return plan
+        self._leases.close()
+        return self._leases.enter_context(self.engine.plan(shape))

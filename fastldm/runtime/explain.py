@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 
 import torch
 
 from fastldm import ops
-from fastldm.model.clip import TextEncoder
-from fastldm.model.unet import UNet
-from fastldm.model.vae import AutoencoderKL
 from fastldm.ops.auto import rehearsal
 from fastldm.runtime.engine import Engine
-from fastldm.runtime.plan import Plan, Shape
-from fastldm.weights.load import skeleton
-
-STEPS = 20  # for which the timesteps are embedded; of no influence on who does it
-
-
-PARTS = ("text", "steps", "row", "decode")
+from fastldm.runtime.plan import Shape
+from fastldm.runtime.rehearse import PARTS, Networks, parts
 
 
 @dataclass(frozen=True)
 class Explained:
-    """part: "text", "steps" (once for all), "row" (of the sampler) or "decode". calls: how many a part has of these."""
+    """part: "text" (the context too), "steps" (once for all), "row" (of the sampler) or "decode".
+
+    calls: how many a part has of these.
+    """
 
     part: str
     op: str
@@ -36,9 +31,9 @@ class Explained:
 
 
 @torch.no_grad()
-def explained(engine: Engine, shape: Shape, device: str) -> Iterator[Explained]:
+def explained(engine: Engine, shape: Shape, branches: int, device: str) -> Iterator[Explained]:
     """shape: of the latents. device: "cpu" or "cuda", which need not be there."""
-    for part, run in _parts(engine, shape).items():
+    for part, run in parts(Networks.of(engine), shape, branches).items():
         with ops.using("auto"), rehearsal(device) as choices:
             run()
         for choice, calls in Counter(choices).items():
@@ -51,28 +46,3 @@ def table(rows: Sequence[Explained]) -> str:
     lines = [("part", "op", "calls", "for", "by", "because"), *(tuple(map(str, astuple(row))) for row in ordered)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
-def _parts(engine: Engine, shape: Shape) -> dict[str, Callable[[], object]]:
-    """What a call does, on tensors without memory."""
-    unet = skeleton(lambda: UNet(engine.unet.config)).to(engine.dtype)
-    vae = skeleton(lambda: AutoencoderKL(engine.vae.config)).to(engine.vae.decoder.conv_in.weight.dtype)
-    text = skeleton(lambda: TextEncoder(engine.text_encoder.config)).to(engine.dtype)
-    for network in (unet, vae):
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    plan = Plan(unet, shape)
-
-    def new(*size: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
-
-    ids = new(shape.branches * shape.batch, shape.length, dtype=torch.int64)
-    timesteps = new(STEPS, dtype=ops.compute_dtype(engine.dtype))
-    weight = vae.decoder.conv_in.weight
-    latents = new(shape.batch, weight.shape[1], shape.height, shape.width, dtype=weight.dtype)
-    latents = latents.to(memory_format=torch.channels_last)
-    return {
-        "text": lambda: text(ids),
-        "steps": lambda: unet.modulation(timesteps),
-        "row": plan.replay,
-        "decode": lambda: vae.decode(latents),
-    }

@@ -37,7 +37,8 @@ class Call:
     """What the memory of a call depends on.
 
     height, width: pixels. slicing, tiling: of the autoencoder. encodes: images that are encoded. tokens: of a prompt.
-    plans: 2 where a callback may change what a plan is made for. output_type: as the call has it.
+    plans: 2 where a callback may change what a plan is made for. alone: rows evaluate the last branch alone, too.
+    output_type: as the call has it.
     """
 
     batch: int
@@ -50,6 +51,7 @@ class Call:
     encodes: int = 0
     tokens: int = 77
     plans: int = 1
+    alone: bool = False
     output_type: str = "pil"
 
 
@@ -60,7 +62,10 @@ def check(engine: Engine, call: Call) -> None:
     """
     available = available_bytes(engine.device)
     if available is None or (needed := needed_bytes(engine, call)) <= available:
-        return
+        return None
+    if len(engine.pool):
+        engine.pool.clear()
+        return check(engine, call)
     fewer = _most(engine, call, available)
     options = [_images(fewer)] if fewer else []
     for name, change in (
@@ -165,8 +170,21 @@ def peak_bytes(engine: Engine, call: Call) -> int:
     if call.encodes:
         stages.append(_encoding(engine, call))
     if call.output_type != "latent":
-        stages += [_decoding(engine, call), _handing_over(engine, call)]
+        kept = _plan(engine, call) if engine.pool.limit else 0
+        stages += [kept + _decoding(engine, call), kept + _handing_over(engine, call)]
     return max(stages)
+
+
+def _plan(engine: Engine, call: Call) -> int:
+    """A plan's buffers."""
+    unet, b = engine.unet, Blocks.like(engine.unet.conv_in.weight)
+    factor, config = engine.vae.config.factor, unet.config
+    pixels = (call.height // factor) * (call.width // factor)
+    shifts, context = len(unet.time_projections.weight), len(unet.context_projections.weight)
+    size = b.stats * (SLOTS + 3) * call.batch * config.out_channels * pixels
+    for samples in (call.branches * call.batch, *([call.batch] if call.alone else [])):
+        size += b.work * (samples * (config.in_channels * pixels + call.tokens * context) + ROWS * shifts)
+    return size
 
 
 def _sampling(engine: Engine, call: Call) -> int:
@@ -177,9 +195,8 @@ def _sampling(engine: Engine, call: Call) -> int:
     pixels, tokens = height * width, rows * call.tokens
     latents = b.stats * call.batch * config.out_channels * pixels
     shifts, context = len(unet.time_projections.weight), len(unet.context_projections.weight)
-    held = (SLOTS + 5) * latents  # state, noise, z0, n0; x and the noise that it was made of
-    held += b.work * (rows * config.in_channels * pixels + (ROWS + call.steps) * shifts)
-    held += b.work * tokens * (context + config.context_dim)
+    held = _plan(engine, call) + 2 * latents  # x and the noise that it was made of
+    held += b.work * (call.steps * shifts + tokens * config.context_dim)
     end_row = (2 * SLOTS + 2) * latents
     return held * call.plans + max(
         *_unet(b, config, rows, height, width), b.linear(tokens, config.context_dim, context), end_row

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastldm.errors import ArgumentError, UnknownArgumentError, brief
+from fastldm.ops import IMPLEMENTATIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LAYOUTS = (None, torch.channels_last, torch.preserve_format)
@@ -22,6 +23,13 @@ def asked_dtype(torch_dtype: object = None, dtype: object = None) -> torch.dtype
         return None
     if not isinstance(value, torch.dtype) or value not in DTYPES:
         raise ArgumentError(f"{name} = {brief(value)}: must be one of {', '.join(map(str, DTYPES))}", field=name)
+    return value
+
+
+def asked_backend(value: object) -> str:
+    """The implementation of the ops."""
+    if not isinstance(value, str) or value not in IMPLEMENTATIONS:
+        raise ArgumentError(f"backend = {brief(value)}: must be one of {', '.join(IMPLEMENTATIONS)}", field="backend")
     return value
 
 

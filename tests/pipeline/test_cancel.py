@@ -18,11 +18,11 @@ from torch import Tensor
 import fastldm
 from fastldm.model.vae import AutoencoderKL
 from fastldm.runtime.engine import Engine
-from fastldm.runtime.plan import Plan
+from fastldm.runtime.plan import Row
 from tests.pipeline import smallest
 from tests.pipeline.smallest import CALL, NEXT
 
-ROW, TEXT, DECODE = Plan.replay.__code__, Engine.encode_text.__code__, AutoencoderKL.decode.__code__
+ROW, TEXT, DECODE = Row.compute.__code__, Engine.encode_text.__code__, AutoencoderKL.decode.__code__
 
 
 @pytest.fixture(scope="module")

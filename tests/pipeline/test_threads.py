@@ -175,6 +175,7 @@ ASSIGNING = {  # the methods that may set something on their object, because tha
     },
     "Tokenizer": {"__init__"},
     "Engine": {"__post_init__"},
+    "Conv2d": {"__init__", "derive"},  # before calls, and between them where weights are merged
     "UNet": {"__init__", "_pack_time_projections", "_pack_context_projections"},  # of its own making
 }
 

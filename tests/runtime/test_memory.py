@@ -109,9 +109,9 @@ def test_the_networks_of_stable_diffusion(rows: int, side: int, dtype: torch.dty
     """At their own widths, on tensors without data."""
     with FakeTensorMode(), ops.using("reference"):
         unet, vae = fake(UNet(config.SD15_UNET), dtype), fake(AutoencoderKL(config.SD_VAE), dtype)
-        plan, b = Plan(unet, Shape(rows, 1, side, side, 77)), Blocks.like(unet.conv_in.weight)
+        row, b = Plan(unet, Shape(rows, side, side, 77)).of(1), Blocks.like(unet.conv_in.weight)
         with Counter() as denoiser:
-            unet(plan.model_input, plan.modulation, plan.context)
+            unet(row.model_input, row.modulation, row.context)
         with Counter() as decoder:
             vae.decode(maps(1, 4, side, side, dtype=dtype))
         with Counter() as encoder:

@@ -40,7 +40,7 @@ def run(
     g = torch.Generator().manual_seed(seed)
     shape = tuple(plan.noise.shape)
     x = torch.randn(shape, generator=g)
-    states = torch.randn(plan.shape.branches * plan.shape.batch, plan.shape.length, 24, generator=g)
+    states = torch.randn(len(weights) * plan.shape.batch, plan.shape.length, 24, generator=g)
     drawn: dict[int, Tensor] = {}
 
     def draw(row: int) -> Tensor | None:
@@ -49,8 +49,7 @@ def run(
         drawn[row] = torch.randn(shape, generator=g)
         return drawn[row]
 
-    dtype = plan.mods.dtype
-    plan.start(x, states=states.to(dtype), **start)
+    plan.start(x, states=states.to(model.conv_in.weight.dtype), **start)
     ended = list(plan.run(t, guidance(t.rows, *weights), modulations(model, t), draw))
     return ended, drawn, x, states
 
@@ -78,7 +77,7 @@ def test_history(model: UNet, slots: int) -> None:
 @pytest.mark.parametrize("weights", [(1.0,), (-6.5, 7.5), (-0.5, -6.0, 7.5)], ids=["one", "two", "three"])
 def test_guidance_branches(model: UNet, weights: tuple[float, ...]) -> None:
     t = table(5)
-    plan = plan_for(model, batch=2, branches=len(weights))
+    plan = plan_for(model, batch=2)
     _, drawn, x, states = run(plan, model, t, weights)
     expected = by_hand(model, t, guidance(5, *weights), x, states, drawn)
     assert relative_error(plan.state[:1], expected) <= TOLERANCE
@@ -117,20 +116,20 @@ def test_latents_are_ready_when_a_step_is_yielded(model: UNet) -> None:
         assert relative_error(plan.state[0], expected[0]) <= TOLERANCE
 
 
-def places(plan: Plan) -> dict[str, int]:
-    """Where every buffer of a plan lies in memory."""
-    tensors = {name: value for name, value in vars(plan).items() if isinstance(value, Tensor)}
-    tensors |= {f"tables.{f.name}": getattr(plan.tables, f.name) for f in fields(plan.tables)}
+def places(plan: Plan, branches: int) -> dict[str, int]:
+    """Where every buffer of a row lies in memory."""
+    row = plan.of(branches)
+    tensors = dict(row.buffers(plan))
     tensors |= {
-        f"context {i} {kind}": kv for i, layer in enumerate(plan.context) for kind, kv in enumerate(layer[0][:2])
+        f"context {i} {kind}": kv for i, layer in enumerate(row.context) for kind, kv in enumerate(layer[0][:2])
     }
     return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
 
 def test_buffers_stay_where_they_are(model: UNet) -> None:
     """Over runs of other samplers, lengths, guidance and prompts: what a captured graph would rely on."""
-    plan = plan_for(model, batch=2, branches=2)
-    before = places(plan)
+    plan = plan_for(model, batch=2)
+    before = places(plan, 2)
     assert len(before) > 20
     for t, weights in (
         (table(3), (0.0, 1.0)),
@@ -138,7 +137,7 @@ def test_buffers_stay_where_they_are(model: UNet) -> None:
         (table(2), (-1.0, 2.0)),
     ):
         run(plan, model, t, weights)
-        assert places(plan) == before
+        assert places(plan, 2) == before
 
 
 def test_nothing_is_left_of_the_run_before(model: UNet) -> None:
@@ -152,8 +151,9 @@ def test_nothing_is_left_of_the_run_before(model: UNet) -> None:
 def test_nan_of_the_run_before_does_not_come_back(model: UNet) -> None:
     """0 · NaN is NaN: history and noise that the table multiplies by 0 must be cleared."""
     used, fresh = plan_for(model), plan_for(model)
-    for buffer in (used.state, used.noise, used.z0, used.n0, used.mask, used.mods, used.tables.a, used.model_input):
-        buffer.fill_(torch.nan)
+    for name, buffer in used.of(1).buffers(used).items():
+        if name != "row":
+            buffer.fill_(torch.nan)
     for plan in (used, fresh):
         run(plan, model, table(5))
     assert torch.equal(used.state, fresh.state)
@@ -175,9 +175,9 @@ def test_inpainting_keeps_the_image_where_the_mask_is_black(model: UNet) -> None
 def test_extra_channels_stay_behind_the_latents() -> None:
     model = unet(**ONE_LEVEL, in_channels=9)
     extra = torch.randn(4, 5, *SIZE)
-    plan = plan_for(model, batch=2, branches=2)
+    plan = plan_for(model, batch=2)
     run(plan, model, table(3), (-1.0, 2.0), extra_channels=extra)
-    assert torch.equal(plan.model_input[:, 4:], extra)
+    assert torch.equal(plan.of(2).model_input[:, 4:], extra)
     first = plan.state.clone()
     run(plan, model, table(3), (-1.0, 2.0), extra_channels=extra + 1)
     assert not torch.equal(plan.state, first), "the network reads them"
@@ -188,8 +188,9 @@ def test_the_state_is_at_least_float32(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = unet(**ONE_LEVEL, dtype=dtype)
     plan = plan_for(model)
-    assert plan.state.dtype == plan.noise.dtype == plan.tables.a.dtype == max(dtype, torch.float32, key=_bits)
-    assert plan.model_input.dtype == plan.mods.dtype == dtype
+    row = plan.of(1)
+    assert plan.state.dtype == plan.noise.dtype == row.tables.a.dtype == max(dtype, torch.float32, key=_bits)
+    assert row.model_input.dtype == row.mods.dtype == dtype
     run(plan, model, table(3))
     assert torch.isfinite(plan.state).all()
 

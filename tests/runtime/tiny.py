@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastldm.model.unet import UNet
+from fastldm.runtime.graph import Graphs
 from fastldm.runtime.plan import Guidance, Plan, Shape
 from fastldm.sampling import SamplerTable, sampler_table, scheduler_config
 from tests.model.loading import unet_pair
@@ -33,8 +34,8 @@ def guidance(rows: int, *weights: float, rescale: float = 0.0) -> Guidance:
     return Guidance(np.tile(weights or (1.0,), (rows, 1)), np.full(rows, rescale))
 
 
-def plan_for(model: UNet, batch: int = 1, branches: int = 1, length: int = 5) -> Plan:
-    return Plan(model, Shape(batch, branches, *SIZE, length))
+def plan_for(model: UNet, batch: int = 1, length: int = 5, graphs: Graphs | None = None) -> Plan:
+    return Plan(model, Shape(batch, *SIZE, length), graphs)
 
 
 def modulations(model: UNet, t: SamplerTable) -> Tensor:
