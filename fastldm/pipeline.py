@@ -285,9 +285,8 @@ class Pipeline(Surface):
         model = geometry(engine, self._tokenizer)
         side = [n // model.factor for n in request.pixels(model, height, width)]
         images = integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
-        branches = 3 if model.task == "instruct" else 2
         shape = Shape(images, side[0], side[1], self._tokenizer.length)
-        rows = explain.explained(engine, shape, branches, device_type(device) or engine.device.type)
+        rows = explain.explained(engine, shape, model.branches, device_type(device) or engine.device.type)
         print(explain.table(list(rows)))
 
     def warmup(
@@ -310,11 +309,10 @@ class Pipeline(Surface):
         model, chip = geometry(engine, self._tokenizer), asked_chip(target)
         images = integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
         checked = [request.pixels(model, *size) for size in sizes] or [request.pixels(model, None, None)]
-        guided = 3 if model.task == "instruct" else 2
         calls = [
             (Shape(images, height // model.factor, width // model.factor, self._tokenizer.length), branches)
             for height, width in checked
-            for branches in (guided, 1)
+            for branches in (model.branches, 1)
         ]
         workers = None if jobs is None else integer("jobs", jobs, 1, 256)
         warmed = warm_up(Networks.of(engine), calls, capability=chip, jobs=workers)

@@ -77,6 +77,11 @@ class Geometry:
     family: Family = "sd"
 
     @property
+    def branches(self) -> int:
+        """Of a call with guidance."""
+        return 3 if self.task == "instruct" else 2
+
+    @property
     def task(self) -> Task | None:
         """The one task of a U-Net with extra channels; None where it has none and serves all others."""
         return {0: None, self.channels: "instruct"}.get(self.extra_channels, "inpaint")

@@ -60,12 +60,12 @@ def check(engine: Engine, call: Call) -> None:
 
     The field is "num_images_per_prompt" where fewer images would fit as they are, else "height".
     """
-    available = available_bytes(engine.device)
-    if available is None or (needed := needed_bytes(engine, call)) <= available:
-        return None
-    if len(engine.pool):
+    available, needed = available_bytes(engine.device), needed_bytes(engine, call)
+    if available is not None and needed > available and len(engine.pool):
         engine.pool.clear()
-        return check(engine, call)
+        available = available_bytes(engine.device)
+    if available is None or needed <= available:
+        return
     fewer = _most(engine, call, available)
     options = [_images(fewer)] if fewer else []
     for name, change in (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 
@@ -18,9 +20,13 @@ class Merged:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self._network, self._addresses = network, addresses(network)
+        self._network = network
         # On the host, of what was touched; the network's own, as several engines may share it.
         self._base: dict[str, Tensor] = vars(network).setdefault("merged_base", {})
+
+    @cached_property
+    def _addresses(self) -> dict[str, Address]:
+        return addresses(self._network)
 
     @property
     def touched(self) -> tuple[str, ...]:

@@ -2,10 +2,10 @@
 
     python -m tests.kernels.offline 90 [80 89 100 ...] [--first] [--tma] [--op NAME] [--dtype NAME] [--jobs N]
 
-With --first few shapes of each op, which take every kernel of it, on sm_90 in every form; with --tma those that read by TMA where
-the arguments allow it, also where pointers are the choice of `tuning.py`. The arguments are tensors without
-memory, of the real shapes; Triton derives its specialisation keys from them as in a launch. A process of its own, as
-Triton decides between interpreter and compiler once for all.
+With --first few shapes of each op, which take every kernel of it, on sm_90 in every form; with --tma those that read
+by TMA where the arguments allow it, also where pointers are the choice of `tuning.py`. The arguments are tensors
+without memory, of the real shapes; Triton derives its specialisation keys from them as in a launch. A process of its
+own, as Triton decides between interpreter and compiler once for all.
 """
 
 from __future__ import annotations
