@@ -22,7 +22,7 @@ bench: .venv/.installed
 	.venv/bin/python benchmarks/latency.py
 
 gpu-test: ready
-	FASTLDM_TESTS=gpu $(GPU_PYTHON) -m pytest -m gpu tests/kernels/test_gpu.py
+	FASTLDM_TESTS=gpu $(GPU_PYTHON) -m pytest -m gpu tests/kernels/test_gpu.py tests/runtime/test_gpu.py
 
 gpu-bench: ready
 	$(GPU_PYTHON) benchmarks/kernels.py --seconds 480 --out $(OUT)/kernels.jsonl

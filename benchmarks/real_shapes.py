@@ -424,6 +424,23 @@ END_ROW = (
     Shape("SDXL 1024²", "1×4×128×128, 6 slots, rescaled", partial(_end_row, 1, 6, 128, 0.7)),
 )
 
+# ---------------------------------------------------------------------------------------------------------- a picture
+
+
+def _to_uint8(batch: int, side: int, tiled: bool, device: str, dtype: torch.dtype) -> Arguments:
+    new = filled if tiled else image
+    return (new(batch, 3, side, side, device=device, dtype=dtype),), {}
+
+
+TO_UINT8 = (
+    *(
+        Shape(model, f"{batch}×3×{8 * side}×{8 * side}", partial(_to_uint8, batch, 8 * side, False))
+        for batch in (1, 4)
+        for model, side in VAE_SIDES.items()
+    ),
+    Shape("VAE 1024²", "1×3×1024×1024, channels apart", partial(_to_uint8, 1, 1024, True)),
+)
+
 REAL: Mapping[str, tuple[Shape, ...]] = {
     "attention": ATTENTION,
     "layer_norm": LAYER_NORM,
@@ -434,4 +451,5 @@ REAL: Mapping[str, tuple[Shape, ...]] = {
     "timestep_embedding": TIMESTEP_EMBEDDING,
     "begin_row": BEGIN_ROW,
     "end_row": END_ROW,
+    "to_uint8": TO_UINT8,
 }

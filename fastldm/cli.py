@@ -454,7 +454,8 @@ def warmup(
         from fastldm.asked import Asked
 
     kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    done = library.warmup(Asked(model, **options), sizes, images=images, dtype=kind, target=target, jobs=jobs)
+    asked, turned = Asked(model, **options), [(height, width) for width, height in sizes]
+    done = library.warmup(asked, turned, images=images, dtype=kind, target=target, jobs=jobs)
     line = f"{done.kernels} kernels, {done.compiled} compiled now, {done.seconds:.1f} s"
     click.echo(json.dumps(asdict(done)) if as_json else line)
 

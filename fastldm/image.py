@@ -41,8 +41,12 @@ def to_output(unit: Tensor, output_type: str) -> Images:
 
 def to_pil(array: NDArray[np.float32]) -> list[PIL.Image.Image]:
     """(B, H, W, C) in 0..1, C = 1 or 3 -> 8-bit images, "L" or "RGB"."""
-    eight_bit = (array * 255).round().astype(np.uint8)
-    return [_fromarray(image) for image in eight_bit]
+    return uint8_to_pil((array * 255).round().astype(np.uint8))
+
+
+def uint8_to_pil(array: NDArray[np.uint8]) -> list[PIL.Image.Image]:
+    """(B, H, W, C), C = 1 or 3 -> 8-bit images, "L" or "RGB"."""
+    return [PIL.Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in array]
 
 
 def numpy_to_pil(images: NDArray[Any]) -> list[PIL.Image.Image]:
@@ -57,16 +61,12 @@ def numpy_to_pil(images: NDArray[Any]) -> list[PIL.Image.Image]:
         reason = f"has shape {images.shape}, must have (H, W, C) or (B, H, W, C), C = 1 or 3"
         raise ArgumentError(f"images: {reason}", field="images")
     if stack.dtype == np.uint8:
-        return [_fromarray(image) for image in stack]
+        return uint8_to_pil(stack)
     if not np.issubdtype(stack.dtype, np.floating):
         raise ArgumentError(f"images: has dtype {stack.dtype}, must be uint8 or floating-point", field="images")
     if not (stack.min() >= 0 and stack.max() <= 1):  # NaN is not
         raise ArgumentError(f"images: holds {stack.min():g} to {stack.max():g}, must be in 0..1", field="images")
     return to_pil(stack)
-
-
-def _fromarray(image: NDArray[np.uint8]) -> PIL.Image.Image:
-    return PIL.Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
 
 
 # ------------------------------------------------------------------------------------------------------------------- in

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from fastldm import drop_in, request, tasks, text
+from fastldm import drop_in, ops, request, tasks, text
 from fastldm.arguments import MAX_IMAGES, Arguments, Generators, integer
 from fastldm.asked import NEEDED, Asked
 from fastldm.assemble import assemble
@@ -23,7 +23,7 @@ from fastldm.callback import Watched
 from fastldm.cancel import CancelToken
 from fastldm.components import Decoding
 from fastldm.errors import ArgumentError, FileError, brief
-from fastldm.image import Images, to_output, to_unit
+from fastldm.image import Images, to_output, to_unit, uint8_to_pil
 from fastldm.request import Callback, Request
 from fastldm.runtime import explain, memory
 from fastldm.runtime.build import engine_from, planned
@@ -305,7 +305,7 @@ class Pipeline(Surface):
         need not be here; None is the GPU that is. jobs: processes, one for each processor where None.
         Raises `ArgumentError` naming the argument.
         """
-        engine = self._engine
+        engine, how = self._engine, replace(self._decoding)
         model, chip = geometry(engine, self._tokenizer), asked_chip(target)
         images = integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
         checked = [request.pixels(model, *size) for size in sizes] or [request.pixels(model, None, None)]
@@ -317,7 +317,7 @@ class Pipeline(Surface):
         workers = None if jobs is None else integer("jobs", jobs, 1, 256)
         warmed = warm_up(Networks.of(engine), calls, capability=chip, jobs=workers)
         for shape, branches in calls:
-            engine.prepare(shape, branches)
+            engine.prepare(shape, branches, decoded=1 if how.slicing else images, tiling=how.tiling)
         return warmed
 
     def _called(self, given: Arguments, scheduler: object) -> PipelineOutput:
@@ -339,7 +339,7 @@ class Pipeline(Surface):
         painted = self._run(asked, engine, job)
         images: Images = painted
         if asked.output_type != "latent":
-            images = _finished(asked, _decoded(asked, engine, painted, how))
+            images = _finished(asked, engine, _decoded(asked, engine, painted, how))
         return PipelineOutput(images)
 
     def _run(self, asked: Request, engine: Engine, job: Job) -> Tensor:
@@ -394,12 +394,16 @@ def _decoded(asked: Request, engine: Engine, latents: Tensor, how: Decoding) -> 
     return torch.cat(pixels)
 
 
-def _finished(asked: Request, pixels: Tensor) -> Images:
+def _finished(asked: Request, engine: Engine, pixels: Tensor) -> Images:
     """What the caller asked for, of decoded pixels."""
-    source, unit = asked.source, to_unit(pixels)
+    source = asked.source
     if source is not None and source.overlay:
-        unit = source.laid_over(unit.float())
-    images = to_output(unit, asked.output_type)
+        images: Images = to_output(source.laid_over(to_unit(pixels).float()), asked.output_type)
+    elif asked.output_type == "pil":
+        with engine.using():
+            images = uint8_to_pil(ops.to_uint8(pixels).cpu().numpy())
+    else:
+        images = to_output(to_unit(pixels), asked.output_type)
     if source is not None and source.crop is not None:
         assert isinstance(images, list)
         return source.crop.filled_in(images)

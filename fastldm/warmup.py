@@ -26,7 +26,7 @@ def warmup(
     target: str | None = None,
     jobs: int | None = None,
 ) -> Warmed:
-    """Compiles what calls of these sizes, (width, height) in pixels, launch, with guidance and without.
+    """Compiles what calls of these sizes, (height, width) in pixels, launch, with guidance and without.
 
     sizes: the model's own where there are none. images: at once. target: a chip such as "sm_90"; None is the GPU that
     is here. No weight is read. Raises as `Pipeline` does for the model, and `ArgumentError` for the rest.
@@ -35,13 +35,13 @@ def warmup(
     with assemble(asked) as made:
         unet, vae, text = (planned(name, made.parts[name]).config for name in RUN)
     factor, own = vae.factor, unet.sample_size * vae.factor
-    for width, height in sizes:
+    for height, width in sizes:
         if width % factor or height % factor or not (width and height):
             raise ArgumentError(f"size = {width}x{height}: must be multiples of {factor}", field="size")
     guided = 3 if unet.in_channels == INSTRUCT * unet.out_channels else 2
     calls = [
         (Shape(images, height // factor, width // factor, text.positions), branches)
-        for width, height in sizes or [(own, own)]
+        for height, width in sizes or [(own, own)]
         for branches in (guided, 1)
     ]
     return warm_up(Networks(unet, vae, text, dtype, vae_dtype(vae, dtype)), calls, capability=chip, jobs=jobs)

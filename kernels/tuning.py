@@ -351,3 +351,6 @@ TIMESTEP_EMBEDDING = Embedding(16, 32, 32, 4)
 # begin_row and end_row: 4 numbers to a thread, so that 64×64 latents are 32 programs for each sample. Compiled.
 ROW_BLOCK, ROW_WARPS = 512, 4
 END_ROW_STD = 2048  # of a sample at a time, where guidance is rescaled
+
+# to_uint8: 8 numbers to a thread, so that half precision is read 16 bytes at a time. Compiled.
+TO_UINT8_BLOCK, TO_UINT8_WARPS = 1024, 4

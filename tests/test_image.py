@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
 
+from fastldm import ops
 from fastldm.errors import ArgumentError
-from fastldm.image import as_mask8, as_rgb8, crop_box, filled, numpy_to_pil, overlaid, read_images, resized
+from fastldm.image import (
+    as_mask8,
+    as_rgb8,
+    crop_box,
+    filled,
+    numpy_to_pil,
+    overlaid,
+    read_images,
+    resized,
+    to_output,
+    to_unit,
+)
+from fastldm.ops import auto
+from fastldm.pipeline import _finished
+from fastldm.source import Source
 
 RNG = np.random.default_rng(0)
 BYTES = RNG.integers(0, 256, (6, 5, 3), dtype=np.uint8)
@@ -179,6 +197,33 @@ def test_arrays_become_the_images_of_diffusers(images: np.ndarray) -> None:
     found, expected = numpy_to_pil(images), VaeImageProcessor.numpy_to_pil(images)
     assert [image.mode for image in found] == [image.mode for image in expected]
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def finished(output_type: str, pixels: torch.Tensor, source: Source | None = None) -> tuple[Any, list[str]]:
+    """-> what a call returns of decoded pixels, and the ops that its backend was asked for"""
+    asked = SimpleNamespace(output_type=output_type, source=source)
+    with auto.rehearsal("cpu") as choices:
+        images = _finished(asked, SimpleNamespace(using=lambda: ops.using("auto")), pixels)  # type: ignore[arg-type]
+    return images, [choice.op for choice in choices]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_pictures_are_rounded_where_they_were_decoded_to_the_same_bits(dtype: torch.dtype, channels: int) -> None:
+    pixels = torch.randn(2, channels, 33, 47).to(dtype, memory_format=torch.channels_last)
+    pictures, asked_for = finished("pil", pixels)
+    assert asked_for == ["to_uint8"]
+    assert pictures == to_output(to_unit(pixels), "pil")
+    array, asked_for = finished("np", pixels)
+    assert asked_for == []
+    assert pictures == numpy_to_pil(array)
+
+
+def test_what_is_laid_over_a_picture_is_so_before_it_is_rounded() -> None:
+    pixels, own = torch.randn(1, 3, 6, 5), read(RGB)[None]
+    pictures, asked_for = finished("pil", pixels, Source(own, 1.0, torch.full((1, 1, 6, 5), 0.3), overlay=True))
+    assert asked_for == []
+    assert pictures == to_output(0.3 * to_unit(pixels) + 0.7 * own, "pil")
 
 
 def test_bytes_are_kept() -> None:

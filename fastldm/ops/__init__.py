@@ -40,6 +40,7 @@ OPS = (
     "timestep_embedding",
     "begin_row",
     "end_row",
+    "to_uint8",
 )
 
 Activation = Literal["silu", "gelu", "quick_gelu"]
@@ -299,6 +300,15 @@ def end_row(
     mask: (B, 1, H, W), 1 where the model paints; all in the state's dtype. row: (1,) int64, on the device.
     """
     _call("end_row")(state, e, tables, row, noise=noise, mask=mask, z0=z0, n0=n0)
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """round(255 · clamp(x/2 + 1/2, 0, 1)), halves to even: x/2 + 1/2 in x's dtype, the product in float32.
+
+    pixels: (B, C, H, W), decoded, about −1..1, finite; any strides. -> (B, H, W, C) uint8, contiguous. The bits are
+    those of the same arithmetic on the host, so no picture depends on who computes this.
+    """
+    return _call("to_uint8")(pixels)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

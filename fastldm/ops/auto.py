@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -35,6 +36,7 @@ GAINS = {  # what the kernel of an op saves
     "timestep_embedding": "all steps at once, with the first layer",
     "begin_row": "one launch",
     "end_row": "one launch",
+    "to_uint8": "one launch",
 }
 
 
@@ -99,17 +101,32 @@ def _chosen(op: str) -> Callable[..., Any]:
     return call
 
 
+def without_kernels(device: torch.device) -> str | None:
+    """Why no kernel runs there, or None; Triton's interpreter runs them on a CPU."""
+    if _has_triton() and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return _not_cuda(device.type) or _too_old(device)
+
+
+def _not_cuda(kind: str) -> str | None:
+    if kind != "cuda":
+        return f"kernels run on CUDA devices, and this is {kind}"
+    return None if _has_triton() else "triton is not installed"
+
+
+def _too_old(device: torch.device) -> str | None:
+    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+        return "kernels are for NVIDIA chips from sm_80 on"
+    return None
+
+
 def _against_kernels(op: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> str | None:
     """Why PyTorch computes the op, or None where a kernel does if it takes the arguments."""
     x: Tensor = arguments[0]
     now = _rehearsal.get()
-    device = x.device.type if now is None else now.device
-    if device != "cuda":
-        return f"kernels run on CUDA devices, and this is {device}"
-    if not _has_triton():
-        return "triton is not installed"
-    if now is None and (torch.version.hip or torch.cuda.get_device_capability(x.device) < (8, 0)):
-        return "kernels are for NVIDIA chips from sm_80 on"
+    why = _not_cuda(x.device.type if now is None else now.device) or (_too_old(x.device) if now is None else None)
+    if why is not None:
+        return why
     if op in PRODUCTS and x.dtype == torch.float32:
         return "products of float32 have no tensor cores"
     if op == "linear" and options.get("act") is None and options.get("residual") is None:
@@ -158,3 +175,4 @@ conv2d = _chosen("conv2d")
 timestep_embedding = _chosen("timestep_embedding")
 begin_row = _chosen("begin_row")
 end_row = _chosen("end_row")
+to_uint8 = _chosen("to_uint8")

@@ -16,3 +16,4 @@ from fastldm.kernels.group_norm import group_norm as group_norm
 from fastldm.kernels.layer_norm import layer_norm as layer_norm
 from fastldm.kernels.linear import linear as linear
 from fastldm.kernels.timestep_embedding import timestep_embedding as timestep_embedding
+from fastldm.kernels.to_uint8 import to_uint8 as to_uint8

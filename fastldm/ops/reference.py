@@ -297,3 +297,11 @@ def guided(e: Tensor, tables: RowTables, row: Tensor, batch: int) -> Tensor:
     ratio = branches[-1].std(dim=dims, keepdim=True) / out.std(dim=dims, keepdim=True)
     ratio = torch.where(phi == 0, torch.ones_like(ratio), ratio)  # 0 · (0 / 0) is NaN
     return out * (phi * ratio + 1 - phi)
+
+
+# ------------------------------------------------------------------------------------------------------------ a picture
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    rounded = (pixels * 0.5).add_(0.5).clamp_(0, 1).to(torch.float32).mul_(255).round_()
+    return rounded.to(torch.uint8).permute(0, 2, 3, 1).contiguous()

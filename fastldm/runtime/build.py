@@ -18,6 +18,7 @@ from fastldm.model.unet import UNet
 from fastldm.model.vae import AutoencoderKL
 from fastldm.runtime.engine import Engine
 from fastldm.runtime.merge import Merged
+from fastldm.runtime.place import check_backend
 from fastldm.sampling.config import CLASSES
 from fastldm.weights.files import ModelFolder
 from fastldm.weights.header import TensorInfo
@@ -63,6 +64,7 @@ def engine_from(
     Raises `FileError`, `ConfigError` or `WeightsError`; every configuration, name and shape is checked before a weight
     is read.
     """
+    check_backend(backend, device)
     unet, vae, text = (planned(name, parts[name]) for name in RUN)
     check_together(unet.config, vae.config, text.config, [_where(parts[name], name) for name in RUN])
     if unet.config.added is not None:
@@ -129,6 +131,7 @@ def moved(engine: Engine, dtype: torch.dtype | None = None, device: torch.device
     """
     engine.check_process()
     dtype, device = dtype or engine.dtype, device or engine.device
+    check_backend(engine.backend, device)
     networks: dict[str, Any] = {name: getattr(engine, name) for name in RUN}
     dtypes = dict.fromkeys(RUN, dtype) | {"vae": vae_dtype(engine.vae.config, dtype)}
     found = {name: _converted(name, network, dtypes[name], device) for name, network in networks.items()}

@@ -70,13 +70,14 @@ class Engine:
         weight = self.unet.conv_in.weight
         device = weight.device
         captures = device.type == "cuda" and self.backend != "reference"
+        graphs: Graphs = CudaGraphs(device) if captures else Eager()
         made = {
             "device": device,
             "dtype": weight.dtype,
             "process": os.getpid(),
-            "graphs": CudaGraphs(device) if captures else Eager(),
+            "graphs": graphs,
             "pool": Pool(KEPT_BYTES if captures else 0),
-            "weights": {name: Merged(getattr(self, name)) for name in NETWORKS},
+            "weights": {name: Merged(getattr(self, name), graphs.turn) for name in NETWORKS},
         }
         for name, value in made.items():
             object.__setattr__(self, name, value)
@@ -102,13 +103,17 @@ class Engine:
         with ExitStack() as leases:
             yield Run(self, job, leases)
 
-    def prepare(self, shape: Shape, branches: int) -> None:
-        """Captures a row for calls to come, where that is done here."""
+    @torch.no_grad()
+    def prepare(self, shape: Shape, branches: int, *, decoded: int = 1, tiling: bool = False) -> None:
+        """Captures what calls to come need, where that is done here: a prompt, a row, `decoded` images at once."""
         self.check_process()
         if not self.graphs.captures:
             return
-        with self.using(), self.graphs.turn(), torch.no_grad(), self.plan(shape) as plan:
+        with self.using(), self.graphs.turn(), self.plan(shape) as plan:
             plan.of(branches)
+        self.encode_text(torch.zeros(1, shape.length, dtype=torch.int64))
+        latents = (decoded, self.vae.config.latent_channels, shape.height, shape.width)
+        self._decoded(torch.zeros(latents, device=self.device), tiling)
 
     def plan(self, shape: Shape) -> AbstractContextManager[Plan]:
         """A plan that nobody else has in this context."""
@@ -120,6 +125,14 @@ class Engine:
         Raises `NonFiniteError` where a pixel is NaN or infinite: a black picture is an error, not a result.
         """
         self.check_process()
+        pixels, finite = self._decoded(latents, tiling)
+        if not bool(finite):
+            reason = f"the decoded image is not finite in {pixels.dtype}; try a wider dtype"
+            raise NonFiniteError(reason, field="image")
+        return pixels
+
+    def _decoded(self, latents: Tensor, tiling: bool) -> tuple[Tensor, ...]:
+        """The pixels, and whether they are finite, which the host does not know yet."""
         weight = self.vae.decoder.conv_in.weight
         z = self.vae.from_latents(latents).to(weight.dtype, memory_format=torch.channels_last)
 
@@ -127,10 +140,7 @@ class Engine:
             pixels = self.vae.decode(z, tiling=tiling)
             return pixels, torch.isfinite(pixels).all()
 
-        pixels, finite = self._staged(("decode", z.shape, tiling), decoded, z)
-        if not bool(finite):
-            raise NonFiniteError(f"the decoded image is not finite in {weight.dtype}; try a wider dtype", field="image")
-        return pixels
+        return self._staged(("decode", z.shape, tiling), decoded, z)
 
     def encode_image(self, image: Tensor, *, slicing: bool = False, tiling: bool = False) -> Posterior:
         """image: (B, 3, H, W) in −1..1 -> the posterior of z, not yet scaled."""
@@ -179,7 +189,7 @@ class Run:
         timesteps = torch.from_numpy(job.table.timesteps.astype(np.float32)).to(engine.device)
         with engine.using():
             self.modulation = engine.unet.modulation(timesteps, job.added)
-        self.plan = self._started(job)
+        self.plan = self._started(job, None)
         self._next, self._changed = 0, False
 
     @property
@@ -195,7 +205,7 @@ class Run:
     def change(self, **fields: Any) -> None:
         """`states`, `guidance`, `extra_channels` or `inpainting` of the job: for the rows to come."""
         state, job = self.plan.state.clone(), replace(self.job, **fields)
-        self.plan, self.job, self._changed = self._started(job), job, True
+        self.plan, self.job, self._changed = self._started(job, self.plan), job, True
         self.plan.state.copy_(state)
 
     def result(self) -> Tensor:
@@ -220,12 +230,17 @@ class Run:
             self._next = row + 1
             yield row
 
-    def _started(self, job: Job) -> Plan:
+    def _started(self, job: Job, present: Plan | None) -> Plan:
+        """present: its plan, which stays where it fits."""
         batch, _, height, width = job.x.shape
         shape = Shape(batch, height, width, job.states.shape[1], shared=self.modulation.shape[1] == 1)
         engine, on = self.engine, job.guidance.on
         with engine.using(), engine.graphs.turn():
-            plan = self._plan_of(shape)
+            if present is not None and present.shape == shape:
+                plan = present
+            else:
+                self._leases.close()
+                plan = self._leases.enter_context(engine.plan(shape))
             plan.start(
                 job.x,
                 states=job.states,
@@ -234,11 +249,3 @@ class Run:
                 alone=on is not None and not on.all(),
             )
         return plan
-
-    def _plan_of(self, shape: Shape) -> Plan:
-        """The present one where it fits."""
-        plan: Plan | None = getattr(self, "plan", None)
-        if plan is not None and plan.shape == shape:
-            return plan
-        self._leases.close()
-        return self._leases.enter_context(self.engine.plan(shape))

@@ -73,18 +73,18 @@ class CudaGraphs:
         self._last = torch.cuda.current_stream(device)
 
     def capture(self, function: Function, buffers: Buffers) -> Function:
-        current = torch.cuda.current_stream(self.device)
         graph = torch.cuda.CUDAGraph()
-        self._side.wait_stream(current)
-        # Our own context of the stream: torch's leaves it current where a capture cannot begin or end.
-        with _capturing, torch.cuda.device(self.device), torch.cuda.stream(self._side):
-            try:
-                for _ in range(WARM_UPS):
-                    function()
-            finally:
-                current.wait_stream(self._side)
+        with _capturing, torch.cuda.device(self.device):
+            # On the caller's stream. What cuBLAS keeps for the other must come from the pool of the graphs: what it had
+            # from elsewhere, PyTorch frees when one of them goes (pytorch/pytorch#175276), under the others.
+            for _ in range(WARM_UPS):
+                function()
+            # Our own context of the stream: torch's leaves it current where a capture cannot begin or end.
             # thread_local: what other threads compute on the device is none of this capture's business.
-            with torch.cuda.graph(graph, self._pool, self._side, capture_error_mode="thread_local"):
+            with (
+                torch.cuda.stream(self._side),
+                torch.cuda.graph(graph, self._pool, self._side, capture_error_mode="thread_local"),
+            ):
                 function()
         replay: Function = graph.replay
         return replay

@@ -60,10 +60,13 @@ def check(engine: Engine, call: Call) -> None:
 
     The field is "num_images_per_prompt" where fewer images would fit as they are, else "height".
     """
-    available, needed = available_bytes(engine.device), needed_bytes(engine, call)
+    needed = needed_bytes(engine, call)
+    available = available_bytes(engine.device, enough=needed)
     if available is not None and needed > available and len(engine.pool):
         engine.pool.clear()
-        available = available_bytes(engine.device)
+        if engine.device.type == "cuda":
+            torch.cuda.empty_cache()  # what graphs have left is nobody's before
+        available = available_bytes(engine.device, enough=needed)
     if available is None or needed <= available:
         return
     fewer = _most(engine, call, available)
@@ -99,17 +102,28 @@ def _gigabytes(size: int) -> str:
 # ---------------------------------------------------------------------------------------------------- what there is
 
 
-def available_bytes(device: torch.device) -> int | None:
+def available_bytes(device: torch.device, *, enough: int | None = None) -> int | None:
     """What can be allocated on a device now, without swapping; None where nothing tells.
 
-    On a GPU what is free and what PyTorch keeps for itself. Elsewhere the machine's free memory and what it can take
-    back from its cache of files, within the limits of every control group (versions 1 and 2) that the process is in.
+    enough: where a first look finds as much, there is no second. On a GPU what is free, and what PyTorch keeps for
+    itself outside the pools of graphs, which takes a while to find out. Elsewhere the machine's free memory and what it
+    can take back from its cache of files, within the limits of every control group (versions 1 and 2) that the process
+    is in.
     """
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + kept
+        free = int(torch.cuda.mem_get_info(device)[0])
+        return free if enough is not None and free >= enough else free + _kept_by_torch(device)
     machine = [1024 * kib for name, kib in _numbers(PROC / "meminfo").items() if name == "MemAvailable:"]
     return min([*machine, *_left_in_groups()], default=None)
+
+
+def _kept_by_torch(device: torch.device) -> int:
+    """Bytes of its segments that hold nothing, and may; those of a graph's own pool hold what only the graph uses."""
+    return sum(
+        segment["total_size"] - segment["active_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment["device"] == (device.index or 0) and tuple(segment.get("segment_pool_id", (0, 0))) == (0, 0)
+    )
 
 
 def _left_in_groups() -> Iterator[int]:
@@ -238,10 +252,10 @@ def _tiles(b: Blocks, config: VAEConfig, rows: int, height: int, width: int, til
 
 
 def _handing_over(engine: Engine, call: Call) -> int:
-    """From −1..1 to 0..1, then as float32 on the host, and for PIL multiplied and rounded."""
+    """From −1..1 to 0..1, then as float32 on the host; for PIL multiplied and rounded where it was decoded."""
     config, weight = engine.vae.config, engine.vae.decoder.conv_in.weight
     work = weight.itemsize
-    numbers = 3 * work
+    numbers = max(3 * work, work + 6)
     if weight.device.type != "cuda":
         array = 0 if weight.dtype == torch.float32 else 4
         numbers = max(numbers, 2 * work + array + 8 * (call.output_type == "pil"))

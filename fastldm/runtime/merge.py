@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cached_property
 
 import torch
@@ -16,11 +19,14 @@ from fastldm.weights.keymap import Address, addresses, fits
 class Merged:
     """A network and what its tensors were before the first change; tensors go by the hub's names.
 
-    Not while the network computes: whoever runs it sees to that.
+    turn: a context in which a tensor is changed, or all are brought back. A call between two changes sees the first
+    alone: whoever makes several keeps calls away until they are made.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        self._network = network
+    def __init__(
+        self, network: nn.Module, turn: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+    ) -> None:
+        self._network, self._turn = network, turn
         # On the host, of what was touched; the network's own, as several engines may share it.
         self._base: dict[str, Tensor] = vars(network).setdefault("merged_base", {})
 
@@ -44,22 +50,24 @@ class Merged:
             shapes = f"{tuple(delta.shape)}, the tensor {tuple(rows.shape)}"
             raise WeightsError(f"{name}: the change has shape {shapes}", field=name)
         wide = compute_dtype(rows.dtype)
-        changed = (rows.to(wide) + delta.to(rows.device, wide).view(rows.shape)).to(rows.dtype)
-        if not bool(torch.isfinite(changed).all()):
-            raise WeightsError(f"{name}: changed, it is not finite in {rows.dtype}", field=name)
-        if name not in self._base:
-            self._base[name] = rows.detach().cpu().clone(memory_format=torch.preserve_format)
-        rows.copy_(changed)
-        self.refresh(address.parameter)
+        with self._turn():
+            changed = (rows.to(wide) + delta.to(rows.device, wide).view(rows.shape)).to(rows.dtype)
+            if not bool(torch.isfinite(changed).all()):
+                raise WeightsError(f"{name}: changed, it is not finite in {rows.dtype}", field=name)
+            if name not in self._base:
+                self._base[name] = rows.detach().cpu().clone(memory_format=torch.preserve_format)
+            rows.copy_(changed)
+            self.refresh(address.parameter)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Brings back every bit of what was there before the first change."""
-        for name, base in self._base.items():
-            address = self._address(name)
-            self._rows(address).copy_(base)
-            self.refresh(address.parameter)
-        self._base.clear()
+        with self._turn():
+            for name, base in self._base.items():
+                address = self._address(name)
+                self._rows(address).copy_(base)
+                self.refresh(address.parameter)
+            self._base.clear()
 
     def refresh(self, parameter: str) -> None:
         """Computes anew, in place, what the network derives from a parameter."""

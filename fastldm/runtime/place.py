@@ -8,6 +8,7 @@ import torch
 
 from fastldm.errors import ArgumentError, UnknownArgumentError, brief
 from fastldm.ops import IMPLEMENTATIONS
+from fastldm.ops.auto import without_kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LAYOUTS = (None, torch.channels_last, torch.preserve_format)
@@ -31,6 +32,12 @@ def asked_backend(value: object) -> str:
     if not isinstance(value, str) or value not in IMPLEMENTATIONS:
         raise ArgumentError(f"backend = {brief(value)}: must be one of {', '.join(IMPLEMENTATIONS)}", field="backend")
     return value
+
+
+def check_backend(backend: str, device: torch.device) -> None:
+    """Raises `ArgumentError` for kernels alone where none runs."""
+    if backend == "fused" and (reason := without_kernels(device)):
+        raise ArgumentError(f'backend = "fused": {reason}; "auto" takes kernels where there are some', field="backend")
 
 
 def asked_device(value: object) -> torch.device | None:

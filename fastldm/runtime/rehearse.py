@@ -73,5 +73,5 @@ def parts(networks: Networks, shape: Shape, branches: int) -> dict[str, Callable
         "text": lambda: (text(ids), unet.context(states)),
         "steps": lambda: unet.modulation(timesteps, conditions),
         "row": lambda: plan.replay(branches),
-        "decode": lambda: vae.decode(latents),
+        "decode": lambda: ops.to_uint8(vae.decode(latents)),
     }

@@ -63,7 +63,10 @@ def _normal(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype, devi
             f"generator: is on {g.device}, the tensor on {device}; use one on the CPU or on {device}",
             field="generator",
         )
-    return torch.randn(shape, generator=g, device=g.device, dtype=dtype).to(device)
+    drawn = torch.randn(shape, generator=g, device=g.device, dtype=dtype)
+    if device.type == "cuda" and not drawn.is_cuda:
+        return drawn.pin_memory().to(device, non_blocking=True)  # the host goes on
+    return drawn.to(device)
 
 
 class RowNoise:

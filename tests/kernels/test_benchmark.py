@@ -81,7 +81,7 @@ def broken(*arguments: Any, **options: Any) -> None:
     raise RuntimeError("not for this shape\nand more")
 
 
-@pytest.mark.parametrize("op", ["layer_norm", "begin_row", "end_row", "timestep_embedding"])
+@pytest.mark.parametrize("op", ["layer_norm", "begin_row", "end_row", "timestep_embedding", "to_uint8"])
 def test_rows_of_an_op(on_this_cpu: None, op: str, tmp_path: Path) -> None:
     found = kernels.rows([op], torch.float32, time.monotonic() + 60)
     peak, kernel, failed = kernels.saved(found, tmp_path / "new" / "rows.jsonl")

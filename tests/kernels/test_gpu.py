@@ -12,8 +12,11 @@ from torch import Tensor
 from benchmarks.kernels import FORMS, IN_PLACE, launcher, other_form, tensors
 from benchmarks.real_shapes import REAL, Shape
 from fastldm.kernels import tuning
+from fastldm.kernels.launch import DTYPES
 from fastldm.ops import RowTables, reference
+from tests.kernels import test_to_uint8 as pictures
 from tests.numerics import assert_within_twice
+from tests.ops import formulas
 from tests.ops.formulas import up
 
 pytestmark = pytest.mark.gpu
@@ -31,7 +34,10 @@ def compared(out: Any, truth: Any, yardstick: Any) -> None:
     for each, true, plain in zip(tensors(out), tensors(truth), tensors(yardstick), strict=False):
         parts = (t.unbind(-1) if t.ndim == 3 and t.shape[-1] == 2 else (t,) for t in (each, true, plain))
         for one, right, usual in zip(*parts, strict=True):
-            assert_within_twice(one, right, usual.to(one.dtype))
+            if one.is_floating_point():
+                assert_within_twice(one, right, usual.to(one.dtype))
+            else:
+                assert torch.equal(one, usual)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -89,6 +95,16 @@ def test_every_row_goes_on_to_the_next() -> None:
             launcher("end_row")(*arguments, **options)
             counter.remainder_(before + 2)  # stays within the tables: before, before + 1, before, ...
         assert before <= int(counter) < before + 2
+
+
+@pytest.mark.parametrize("case", pictures.CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_pixel_is_rounded_as_on_the_host(case: str, dtype: torch.dtype) -> None:
+    """By the compiled kernel and by PyTorch on the device."""
+    if case not in pictures.FAR:
+        pixels = pictures.CASES[case](dtype)
+        for by in (launcher("to_uint8"), reference.to_uint8):
+            assert torch.equal(by(pixels.to(DEVICE)).cpu(), formulas.to_uint8(pixels))
 
 
 @pytest.mark.parametrize("op", REAL)

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 GROUPS = (  # each a process of its own, which takes seconds to begin
     ("conv2d",),
     ("attention", "geglu", "timestep_embedding"),
-    ("linear", "group_norm", "layer_norm", "begin_row", "end_row"),
+    ("linear", "group_norm", "layer_norm", "begin_row", "end_row", "to_uint8"),
 )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -169,3 +170,9 @@ def channel_stats(x: Tensor) -> Tensor:
     """(N, C, 2): mean and sum of squared deviations."""
     mean = x.mean((2, 3))
     return torch.stack((mean, (x - mean[:, :, None, None]).square().sum((2, 3))), dim=-1)
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """On the host, by NumPy."""
+    unit = (pixels * 0.5 + 0.5).clamp(0, 1).float().permute(0, 2, 3, 1).numpy()
+    return torch.from_numpy((unit * np.float32(255)).round().astype(np.uint8))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -172,3 +174,17 @@ def test_which_steps_are_guided(kind: str, steps: int, interval: tuple[float, fl
     else:
         per_step = np.split(found, np.flatnonzero(rows.ends_step)[:-1] + 1)
         assert [set(part) for part in per_step] == [{value} for value in on]
+
+
+def test_an_engine_goes_with_its_last_reference(folder: Path) -> None:
+    """And with it weights and graphs: gigabytes cannot wait for the collector of cycles."""
+    pipe = fastldm.Pipeline(folder)
+    paint(pipe, prompt="a red cat", **CALL)
+    engine = weakref.ref(pipe._engine)
+    gc.collect()
+    gc.disable()
+    try:
+        del pipe
+        assert engine() is None
+    finally:
+        gc.enable()

@@ -47,6 +47,7 @@ def test_every_op_of_sd15_is_there_as_often_as_it_is_called(sd15: list[Explained
     assert calls["text", "linear"] == 4 * 12 + 1  # the keys and values of all layers are one more
     assert calls["steps", "timestep_embedding"] == 1
     assert calls["decode", "attention"] == 1
+    assert calls["decode", "to_uint8"] == 1
 
 
 def test_attention_and_norms_of_sd15_are_kernels(sd15: list[Explained]) -> None:

@@ -146,7 +146,7 @@ def test_what_saves_memory_in_the_decoder_does(name: str) -> None:
 @pytest.fixture
 def available(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     def set_to(size: float | None) -> None:
-        monkeypatch.setattr(memory, "available_bytes", lambda _: size)
+        monkeypatch.setattr(memory, "available_bytes", lambda _, enough=None: size)
 
     return set_to
 
@@ -258,10 +258,16 @@ def test_a_group_without_a_limit_does_not(machine: Path) -> None:
 
 
 def test_a_gpu_has_what_is_free_and_what_torch_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = {"mem_get_info": (1000, 9000), "memory_reserved": 700, "memory_allocated": 400}
-    for name, answer in answers.items():
-        monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
+    def segment(device: int, total: int, active: int, pool: tuple[int, int] = (0, 0)) -> dict[str, Any]:
+        return {"device": device, "total_size": total, "active_size": active, "segment_pool_id": pool}
+
+    kept = [segment(0, 700, 400), segment(0, 5000, 100, (0, 1)), segment(1, 800, 0)]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9000))
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: kept)
     assert available_bytes(torch.device("cuda", 0)) == 1300
+    assert available_bytes(torch.device("cuda", 0), enough=1001) == 1300
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", None)
+    assert available_bytes(torch.device("cuda", 0), enough=1000) == 1000
 
 
 def test_more_tokens_or_a_second_plan_take_more() -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 import fastldm
+from fastldm import cli, warmup
 from fastldm.errors import ArgumentError
 from fastldm.runtime.pool import Pool
-from fastldm.runtime.warmup import asked_chip
+from fastldm.runtime.warmup import Warmed, asked_chip
 from tests.pipeline.pairs import Pair, make
 from tests.runtime.recorded import Recorded
 
@@ -75,6 +77,21 @@ def test_wrong_arguments_are_named(pair: Pair, arguments: dict[str, Any], field:
     assert caught.value.field == field
 
 
+def test_sizes_are_width_by_height_on_the_command_line(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def noted(networks: Any, calls: Any, **options: Any) -> Warmed:
+        asked.extend(calls)
+        return Warmed(0, 0, 0.0)
+
+    monkeypatch.setattr(warmup, "warm_up", noted)
+    words = ["warmup", str(pair.folder), "--size", "16x24", "--target", "sm_90"]
+    assert CliRunner().invoke(cli.main, words).exit_code == 0
+    factor = pair.fast._engine.vae.config.factor
+    assert {(shape.height * factor, shape.width * factor) for shape, _ in asked} == {(24, 16)}
+    assert [branches for _, branches in asked] == [2, 1]
+
+
 def test_what_is_prepared_is_not_captured_again(pair: Pair) -> None:
     engine, recorded = fastldm.Pipeline(pair.folder)._engine, Recorded()
     for name, value in {"graphs": recorded, "pool": Pool(64 << 20)}.items():
@@ -84,6 +101,8 @@ def test_what_is_prepared_is_not_captured_again(pair: Pair) -> None:
     shape = Shape(1, 12, 8, 77)
     engine.prepare(shape, 2)
     engine.prepare(shape, 2)
-    assert recorded.count == 1
+    assert recorded.count == 3, "a prompt, a row, and the decoder"
     engine.prepare(shape, 1)
-    assert recorded.count == 2
+    assert recorded.count == 4
+    engine.prepare(shape, 1, decoded=2)
+    assert recorded.count == 5
