@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
-from fastldm.errors import ArgumentError, Error, FileError
+from fastldm.assets import SHAPES
+from fastldm.errors import Error, FileError
 from fastldm.signals import importing, stoppable
 
 if TYPE_CHECKING:
@@ -188,11 +189,12 @@ def main() -> None:
     """Paint images with a latent diffusion model.
 
     \b
-    fastldm "a lighthouse in the rain" --model model.safetensors
-    fastldm "in winter" --image photo.jpg --strength 0.6 --steps 20 --sampler dpmpp_2m_karras -o winter.png
+    fastldm "a small red circle left of a big blue square"
+    fastldm "in winter" --image photo.jpg --strength 0.6 --sampler dpmpp_2m_karras --model model.ckpt
     fastldm --prompts prompts.txt -o folder --size 512x768 --seed 1
 
-    A first word that is no command is a prompt. FASTLDM_MODEL may name the model instead of --model.
+    A first word that is no command is a prompt. FASTLDM_MODEL may name the model instead of --model. Without either it
+    is the embedded model of coloured shapes.
     """
 
 
@@ -202,7 +204,14 @@ def main() -> None:
 @main.command(context_settings={"allow_extra_args": True})
 @click.argument("prompt", required=False)
 @click.option("-o", "--out", metavar="PATH", type=PATH, help="The PNG file to write or replace. Default: a new one.")
-@click.option("-m", "--model", metavar="PATH", type=PATH, envvar=MODEL_VARIABLE, help="A file or folder.")
+@click.option(
+    "-m",
+    "--model",
+    metavar="PATH",
+    type=PATH,
+    envvar=MODEL_VARIABLE,
+    help="A file or folder. Default: the embedded one.",
+)
 @click.option("--negative", metavar="TEXT", default="", help="What to keep away from.")
 @click.option(
     "--steps", metavar="N", type=click.IntRange(1, 1000), help="How many. Default: 50; 100 for instruct-pix2pix."
@@ -255,7 +264,9 @@ def paint(
     if prompts is not None and number > 1:
         raise click.UsageError("--n does not go with --prompts, which paints one image for each line.")
     if options["model"] is None:
-        raise ArgumentError(f"no model: name one with --model PATH or the environment variable {MODEL_VARIABLE}")
+        options["model"] = str(SHAPES)
+        if sys.stderr.isatty():
+            click.echo("no --model: the embedded one, which knows coloured shapes alone", err=True)
     show = _as_json if as_json else _as_path
     if prompt is None:
         orders = library.of_prompts(str(prompts), out, seed or 0, overwrite=overwrite)

@@ -19,6 +19,7 @@ from fastldm import drop_in, ops, request, tasks, text
 from fastldm.arguments import MAX_IMAGES, Arguments, Generators, integer
 from fastldm.asked import NEEDED, Asked
 from fastldm.assemble import assemble
+from fastldm.assets import SHAPES
 from fastldm.callback import Watched
 from fastldm.cancel import CancelToken
 from fastldm.components import Decoding
@@ -81,8 +82,8 @@ class Pipeline(Surface):
     ) -> None:
         """
         model: a folder in diffusers' layout, the id of one on the hub ("owner/name"), or a single file in the original
-        layout, `.safetensors` or `.ckpt`, on disk or by its address on the hub. Without one, the five components are
-        needed; those of another Pipeline are shared, not copied.
+        layout, `.safetensors` or `.ckpt`, on disk or by its address on the hub. Without one it is the embedded model of
+        coloured shapes, or with components all five of them; those of another Pipeline are shared, not copied.
         torch_dtype, dtype (one of them): of weights and activations, float32 where None, bfloat16 or float16. With
         float16 an autoencoder that says `force_upcast` runs in float32. device: "cpu" where None.
         variant: "fp16" picks `*.fp16.safetensors`. revision to token belong to the hub. use_safetensors: True refuses
@@ -98,6 +99,8 @@ class Pipeline(Surface):
         Raises `ArgumentError` naming the argument; `FileError`, `ConfigError` or `WeightsError` naming the file.
         """
         drop_in.check_options(drop_in.LOADING, others, known=_LOADING)
+        if all(part is None for part in (model, unet, vae, text_encoder, tokenizer)):
+            model = SHAPES  # a sampler alone is for it
         asked = Asked(
             model,
             variant=variant,
@@ -128,6 +131,8 @@ class Pipeline(Surface):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Self:
         """`Pipeline(model, ...)`, under the name that programs written for diffusers use."""
+        if pretrained_model_name_or_path is None:
+            raise ArgumentError("pretrained_model_name_or_path = None: must be a path or a name", field="model")
         return cls(pretrained_model_name_or_path, **options)
 
     @classmethod
@@ -156,6 +161,10 @@ class Pipeline(Surface):
         runs_in = asked_dtype(options.pop("torch_dtype", None), options.pop("dtype", None))
         runs_on = asked_device(options.pop("device", None))
         needed = {name: components.get(name) for name in NEEDED}
+        if all(part is None for part in needed.values()):
+            raise ArgumentError(
+                f"pipeline: {type(pipeline).__name__} has none of {', '.join(NEEDED)}", field="pipeline"
+            )
         return cls(**{**needed, **options}).to(runs_on, runs_in)
 
     def __call__(

@@ -338,12 +338,6 @@ def failed(*words: object, **options: Any) -> str:
     return result.stderr.removeprefix("fastldm: ").rstrip("\n")
 
 
-def test_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FASTLDM_MODEL")
-    assert failed("a cat") == "no model: name one with --model PATH or the environment variable FASTLDM_MODEL"
-    assert failed("a cat", env={"FASTLDM_MODEL": ""}).startswith("no model")
-
-
 @pytest.mark.parametrize(
     "path", ["nope", "./nope", "nope.safetensors", "a/b/nope", "~nobody/nope", "../nope.ckpt", "a\nb"]
 )

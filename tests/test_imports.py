@@ -25,11 +25,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 ARROWS: Mapping[str, set[str]] = {
     "fastldm": {"errors"},
     "__main__": {"cli"},
-    "cli": {"paint", "signals", "fastldm", "convert", "info", "warmup"},
+    "cli": {"assets", "paint", "signals", "fastldm", "convert", "info", "warmup"},
     "paint": {"pipeline", "png", "signals", "fastldm"},
     "png": {"weights"},
     "signals": set(),
-    "pipeline": {"assemble", "asked", "callback", "runtime", "sampling", "surface", "tasks"},
+    "pipeline": {"assemble", "assets", "asked", "callback", "runtime", "sampling", "surface", "tasks"},
     "surface": {"components", "drop_in", "request", "save", "text"},
     "callback": {"request", "runtime", "tasks"},
     "text": {"prompt", "request", "runtime"},

@@ -99,12 +99,6 @@ def test_a_component_that_is_missing_is_named_with_what_it_may_be(pair: Callable
     assert e.value.field == name
 
 
-def test_nothing_at_all_is_no_model() -> None:
-    with pytest.raises(fastldm.Error, match="model = None: must be a path; without one, pass unet, vae") as caught:
-        fastldm.Pipeline()
-    assert caught.value.field == "model"
-
-
 def test_a_samplers_name_needs_a_model(pair: Callable[..., Pair]) -> None:
     with pytest.raises(fastldm.Error, match="there is no model") as caught:
         fastldm.Pipeline(**{**pair().fast.components, "scheduler": "euler"})

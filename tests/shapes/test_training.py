@@ -142,6 +142,25 @@ def test_some_captions_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert abs(dropped - train_denoiser.DROPOUT) < 4 * (0.1 * 0.9 / len(seen)) ** 0.5
 
 
+def test_some_captions_are_those_of_other_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = denoiser(tmp_path, batch=40)
+    trainer.latents = np.broadcast_to(np.arange(24, dtype=np.float16)[:, None, None, None], (24, 4, 8, 8))
+    matches: list[bool] = []
+
+    def loss(models: Any, x0: Tensor, captions: list[str], generator: Any) -> Tensor:
+        drawn = [int(x[0, 0, 0]) for x in x0]
+        matches.extend(text == str(number) for text, number in zip(captions, drawn, strict=True) if text)
+        return sum(p.sum() for p in models.parameters()) * 0.0
+
+    numbers = {id(scene): str(i) for i, scene in enumerate(trainer.scenes)}
+    monkeypatch.setattr(train_denoiser, "caption", lambda scene, rng: numbers[id(scene)])
+    monkeypatch.setattr(trainer, "loss", loss)
+    for i in range(3, 23):
+        trainer.step(i)
+    share = train_denoiser.MISMATCHED * 23 / 24  # a scene may be drawn for itself
+    assert abs(matches.count(False) / len(matches) - share) < 4 * (share * (1 - share) / len(matches)) ** 0.5
+
+
 def test_timesteps_are_weighed_between_the_errors_of_noise_and_of_v(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
