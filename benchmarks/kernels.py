@@ -22,7 +22,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -349,23 +348,12 @@ def saved(found: Iterable[dict[str, Any]], out: Path | None) -> Iterator[dict[st
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
     with open(out or os.devnull, "w", encoding="utf-8") as file:
-        file.write(json.dumps(machine() | gpu()) + "\n")
+        file.write(json.dumps(machine()) + "\n")
         for row in found:
             file.write(json.dumps(row) + "\n")
             file.flush()
             print(shown(row), flush=True)
             yield row
-
-
-def gpu() -> dict[str, Any]:
-    """What nvidia-smi says of the first one: its driver, clocks and power limit."""
-    asked = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
-    command = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader", "--id=0"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-    return dict(zip(asked, answer.split(", "), strict=False))
 
 
 if __name__ == "__main__":
