@@ -39,6 +39,7 @@ ready:
 compile-all: .venv/.installed
 	.venv/bin/python -m tests.kernels.offline 80 86 89 90 100 --jobs 2
 	.venv/bin/python -m tests.kernels.offline 90 --dtype float32 --jobs 2
+	.venv/bin/python -m tests.kernels.offline 90 --first --dtype bfloat16 --jobs 2
 	.venv/bin/python -m tests.kernels.offline 90 100 --tma --op geglu --op linear --op conv2d --jobs 2
 
 gpu-latency: ready

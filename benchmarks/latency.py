@@ -277,15 +277,19 @@ def step(cell: Cell, peers: Sequence[str], how: How, seconds: float) -> list[Row
     """A row for each arm. seconds: for its rounds."""
     job = steps.Job.random(replace(cell, sampler="ddim"), torch.device(how.device), how.backend)
     rows = {name: new_row(job.cell, name) for name in (US, *peers)}
-    made = first_calls({name: functools.partial(_stepper, name, job) for name in rows}, rows, how.device)
-    count = STEPS_A_ROUND[how.device]
-    arms = {name: functools.partial(steps.intervals, arm, how.device, count) for name, (arm, _) in made.items()}
+    made = first_calls({name: functools.partial(_stepper, name, job, how.device) for name in rows}, rows, how.device)
+    if how.device == "cpu":
+        for row in rows.values():
+            row.pop("first", None)  # there was no step in it
+    count, results = STEPS_A_ROUND[how.device], dict[str, Tensor]()
+    keeping = {name: functools.partial(_keeping, results, name, arm) for name, (arm, _) in made.items()}
+    arms = {name: functools.partial(steps.intervals, arm, how.device, count) for name, arm in keeping.items()}
     times = rounds(arms, rows, how.runs, WARM_UPS[how.device], seconds)
     flops, peak = steps.flops(job.unet.config, cell), steps.peak(cell.dtype, how.device)
     for name, found in times.items():
         rows[name] |= {"runs": len(found), "seconds": found} | step_rates([*chain(*found)], flops, peak)
         if name != US and US in times:
-            own, other = made[US][1], made[name][1]
+            own, other = results[US].float(), results[name].float()
             rows[name]["difference"] = float((own - other).norm() / other.norm())
     compare(rows, {name: [statistics.median(each) for each in found] for name, found in times.items()})
     if how.device == "cuda" and US in times:
@@ -293,9 +297,15 @@ def step(cell: Cell, peers: Sequence[str], how: How, seconds: float) -> list[Row
     return list(rows.values())
 
 
-def _stepper(name: str, job: steps.Job) -> tuple[steps.Step, Tensor]:
+def _stepper(name: str, job: steps.Job, device: str) -> tuple[steps.Step, object]:
+    """On a GPU with a first step, in which some compile; on a CPU a step takes too long for that."""
     arm = steps.ARMS[name](job)
-    return arm, arm().float().clone()
+    return arm, arm() if device == "cuda" else None
+
+
+def _keeping(results: dict[str, Tensor], name: str, arm: steps.Step) -> Tensor:
+    results[name] = arm()
+    return results[name]
 
 
 # ------------------------------------------------------------------------------------------------------------ the cells
@@ -364,7 +374,7 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--backend", choices=("reference", "auto", "fused"), help="of fastldm; default: auto on a GPU, else reference")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--runs", type=_positive, default=RUNS, help="timed rounds, as the time allows (default: %(default)s)")
-    add("--seconds", type=float, help="about what all of it may take; default: 150 on a CPU, 500 on a GPU")
+    add("--seconds", type=float, help="about what all of it may take; default: 90 on a CPU, 500 on a GPU")
     add("--no-cold", action="store_true", help="no new processes")
     add("--keep", type=Path, help="a folder for models with random weights, to have them again")
     add("--json", type=Path, help="write the rows to this file")
@@ -437,7 +447,7 @@ def run(options: argparse.Namespace) -> int:
     on_gpu = options.device == "cuda"
     backend = options.backend or ("auto" if on_gpu else "reference")
     how = How(options.device, backend, options.runs, cold=not options.no_cold)
-    seconds, failed = options.seconds or (500 if on_gpu else 150), False
+    seconds, failed = options.seconds or (500 if on_gpu else 90), False
     result: Row = {"machine": machine(how.device), "how": asdict(how), "rows": []}
     with tempfile.TemporaryDirectory() as temporary:
         for row in measured(cells_of(options), how, seconds, options.keep or Path(temporary)):

@@ -64,7 +64,8 @@ def beside_cells(row: Row) -> list[str]:
 
 def step_cells(row: Row) -> list[str]:
     host = time(row["host"]) if row.get("host") else ""
-    return [row["arm"], *_step(row), *_compared(row), str(row["runs"]), time(row["first"]), host]
+    first = time(row["first"]) if "first" in row else ""
+    return [row["arm"], *_step(row), *_compared(row), str(row["runs"]), first, host]
 
 
 def _step(row: Row) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 
 import fastldm
 from fastldm.request import Scales
+from fastldm.runtime import plan
 from fastldm.runtime.graph import Eager
 from fastldm.runtime.pool import Pool
 from fastldm.tasks import guidance
@@ -60,7 +61,6 @@ def plain(folder: Path, **call: Any) -> Any:
         *({"scheduler": name} for name in ("euler", "euler_a", "dpmpp_2m", "unipc", "heun", "lcm", "plms")),
         {"eta": 0.5},
         {"timesteps": [900, 500, 20], "scheduler": "euler"},
-        {"guidance_scale": 5.0, "num_inference_steps": 130},
     ],
     ids=lambda call: ",".join(f"{k}={v}" for k, v in call.items()),
 )
@@ -69,6 +69,20 @@ def test_what_captures_nothing(pipe: fastldm.Pipeline, recorded: Recorded, folde
     found = paint(pipe, **{"prompt": "a red cat", **CALL, **call})
     assert recorded.count == 3
     np.testing.assert_array_equal(found, plain(folder, **call))
+
+
+def test_more_rows_than_the_tables_hold_capture_nothing(
+    pipe: fastldm.Pipeline, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    """They are filled anew under way."""
+    call: dict[str, Any] = {"guidance_scale": 5.0, "num_inference_steps": 10}
+    expected, graphs = plain(folder, **call), Recorded()
+    monkeypatch.setattr(plan, "ROWS", 4)
+    for name, value in {"graphs": graphs, "pool": Pool(64 << 20)}.items():
+        object.__setattr__(pipe._engine, name, value)
+    found = paint(pipe, **{"prompt": "a red cat", **CALL, **call})
+    assert graphs.count == 3
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_changed_weights_capture_nothing(pipe: fastldm.Pipeline, recorded: Recorded) -> None:

@@ -31,9 +31,9 @@ WORKERS = 4
 
 @pytest.fixture(autouse=True)
 def eager_switching() -> Iterator[None]:
-    """Threads take turns a thousand times more often than usual: a race that is possible shows."""
+    """Threads take turns a hundred times more often than usual: a race that is possible shows."""
     before = sys.getswitchinterval()
-    sys.setswitchinterval(5e-6)
+    sys.setswitchinterval(5e-5)
     yield
     sys.setswitchinterval(before)
 
