@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 try:
     from benchmarks import painters, random_models, steps
-    from benchmarks.cells import GUIDANCE, SIZES, Asked, Cell, standard, usual
+    from benchmarks.cells import COMPILED, GUIDANCE, SIZES, Asked, Cell, standard, usual
     from benchmarks.harness import GPU_NOW, gpu, machine, now, peak_memory, ratios, save
     from benchmarks.latency_table import page, shown
     from fastldm.assets import SHAPES
@@ -151,7 +151,7 @@ def step_rates(seconds: Sequence[float], flops: float, peak: float) -> Row:
 
 def whole(cell: Cell, peers: Sequence[str], how: How, folder: str, seconds: float, cold: bool) -> list[Row]:
     """A row for each arm. seconds: for its rounds. cold: whether to start new processes."""
-    order = painters.Order(cell, folder, how.device, how.backend)
+    order, peak = painters.Order(cell, folder, how.device, how.backend), steps.peak(cell.dtype, how.device)
     rows = {name: new_row(cell, name) for name in (US, *peers)}
     made = first_calls({name: functools.partial(_painter, name, order) for name in rows}, rows, how.device)
     made_by = {name: painter for name, (painter, _) in made.items()}
@@ -162,7 +162,7 @@ def whole(cell: Cell, peers: Sequence[str], how: How, folder: str, seconds: floa
     unet = random_models.unet_config_of(cell.model)
     if unet is None and US in made_by:
         unet = made_by[US].pipe._engine.unet.config
-    flops, peak = steps.flops(unet, cell) if unet else 0.0, steps.peak(cell.dtype, how.device)
+    flops = steps.flops(unet, cell) if unet else 0.0
     for name in splits:
         spent = [each for each, _ in times[name]]
         rows[name] |= {"runs": len(spent), "seconds": spent, "median": statistics.median(spent)}
@@ -176,12 +176,12 @@ def whole(cell: Cell, peers: Sequence[str], how: How, folder: str, seconds: floa
     _differences(rows, {name: made_by[name] for name in splits}, cell)
     if US in splits:
         rows[US]["merge"] = attempted(rows[US], functools.partial(_merged, made_by[US].pipe._engine))
-    for held in (made, made_by, arms):
+    for held in (made, made_by, arms, splitters):
         held.clear()  # their memory is no business of the processes that follow
     gc.collect()
     for name in splits:
         if cold and rows[name]["first"] < LONG:
-            rows[name]["cold"] = _cold(name, order, COLD_STARTS if how.device == "cuda" else 1)
+            rows[name]["cold"] = _cold(name, order, COLD_STARTS if how.device == "cuda" and name == US else 1)
     return list(rows.values())
 
 
@@ -275,17 +275,18 @@ def first_image(words: str) -> None:
 @torch.no_grad()
 def step(cell: Cell, peers: Sequence[str], how: How, seconds: float) -> list[Row]:
     """A row for each arm. seconds: for its rounds."""
+    peak = steps.peak(cell.dtype, how.device)
     job = steps.Job.random(replace(cell, sampler="ddim"), torch.device(how.device), how.backend)
     rows = {name: new_row(job.cell, name) for name in (US, *peers)}
     made = first_calls({name: functools.partial(_stepper, name, job, how.device) for name in rows}, rows, how.device)
     if how.device == "cpu":
-        for row in rows.values():
-            row.pop("first", None)  # there was no step in it
+        for name in rows.keys() - {COMPILED}:
+            rows[name].pop("first", None)  # there was no step in it
     count, results = STEPS_A_ROUND[how.device], dict[str, Tensor]()
     keeping = {name: functools.partial(_keeping, results, name, arm) for name, (arm, _) in made.items()}
     arms = {name: functools.partial(steps.intervals, arm, how.device, count) for name, arm in keeping.items()}
     times = rounds(arms, rows, how.runs, WARM_UPS[how.device], seconds)
-    flops, peak = steps.flops(job.unet.config, cell), steps.peak(cell.dtype, how.device)
+    flops = steps.flops(job.unet.config, cell)
     for name, found in times.items():
         rows[name] |= {"runs": len(found), "seconds": found} | step_rates([*chain(*found)], flops, peak)
         if name != US and US in times:
@@ -300,7 +301,7 @@ def step(cell: Cell, peers: Sequence[str], how: How, seconds: float) -> list[Row
 def _stepper(name: str, job: steps.Job, device: str) -> tuple[steps.Step, object]:
     """On a GPU with a first step, in which some compile; on a CPU a step takes too long for that."""
     arm = steps.ARMS[name](job)
-    return arm, arm() if device == "cuda" else None
+    return arm, arm() if device == "cuda" or name == COMPILED else None
 
 
 def _keeping(results: dict[str, Tensor], name: str, arm: steps.Step) -> Tensor:
@@ -316,7 +317,7 @@ def measured(asked: Asked, how: How, seconds: float, keep: Path) -> Iterator[Row
 
     Each cell has an equal share of what is left of the time; none begins when it is over.
     """
-    end, cold = time.perf_counter() + seconds, set()
+    end, cold = time.perf_counter() + seconds, how.cold
     for i, (cell, peers) in enumerate(asked):
         left = end - time.perf_counter()
         if left < 0:
@@ -324,8 +325,7 @@ def measured(asked: Asked, how: How, seconds: float, keep: Path) -> Iterator[Row
             continue
         share = SHARE * left / (len(asked) - i)
         if cell.whole:
-            starts = how.cold and (cell.model, cell.dtype) not in cold
-            cold.add((cell.model, cell.dtype))
+            starts, cold = cold, False
             rows = whole(cell, peers, how, _folder(cell, how.device, keep), share, starts)
         else:
             rows = step(cell, peers, how, share)

@@ -191,7 +191,7 @@ def main() -> None:
     \b
     fastldm "a small red circle left of a big blue square"
     fastldm "in winter" --image photo.jpg --strength 0.6 --sampler dpmpp_2m_karras --model model.ckpt
-    fastldm --prompts prompts.txt -o folder --size 512x768 --seed 1
+    fastldm --prompts prompts.txt -o folder --model model.ckpt --size 512x768
 
     A first word that is no command is a prompt. FASTLDM_MODEL may name the model instead of --model. Without either it
     is the embedded model of coloured shapes.

@@ -75,8 +75,8 @@ MOST_SNR = 5.0  # above this signal-to-noise ratio a timestep counts less
 OFFSET = 0.15
 DROPOUT = 0.1  # of the captions, so that there is something to guide away from
 # Of the captions, so many are those of other scenes, as some always are outside of such a little world. Where a caption
-# contradicts what is already to be seen, the denoiser then follows what is to be seen. Without them guidance of 7.5
-# goes too far in every step: of 24 single shapes 17 had the right colour, with them 23.
+# contradicts what is already to be seen, the denoiser then follows what is to be seen, so that guidance of 7.5 does not
+# go too far in every step: with 500 steps of it at a falling rate 23 of 24 single shapes had the right colour, not 17.
 MISMATCHED = 0.2
 DECAY = 0.9995
 MIXTURE = ("single", "relation", "pair", "relation", "single", "relation", "pair", "triple")
