@@ -317,11 +317,11 @@ def measured(asked: Asked, how: How, seconds: float, keep: Path) -> Iterator[Row
 
     Each cell has an equal share of what is left of the time; none begins when it is over.
     """
-    end, cold = time.perf_counter() + seconds, how.cold
+    end, cold, lost = time.perf_counter() + seconds, how.cold, False
     for i, (cell, peers) in enumerate(asked):
         left = end - time.perf_counter()
-        if left < 0:
-            yield {"cell": asdict(cell), "skipped": f"the {seconds:g} s were over"}
+        if left < 0 or lost:
+            yield {"cell": asdict(cell), "skipped": "the GPU had failed" if lost else f"the {seconds:g} s were over"}
             continue
         share = SHARE * left / (len(asked) - i)
         if cell.whole:
@@ -331,9 +331,10 @@ def measured(asked: Asked, how: How, seconds: float, keep: Path) -> Iterator[Row
             rows = step(cell, peers, how, share)
         after = gpu(*GPU_NOW) if how.device == "cuda" else {}
         yield from ({**row, **({"gpu_after": after} if after else {})} for row in rows)
-        if any("CUDA error" in row.get("failed", "") for row in rows):
-            return  # nothing that follows in this process would be true
-        _forget(how.device)
+        # After such an error nothing that follows in this process would be true.
+        lost = any(word in row.get("failed", "") for row in rows for word in ("CUDA error", "Error [CUDA]"))
+        if not lost:
+            _forget(how.device)
 
 
 def _forget(device: str) -> None:
@@ -428,7 +429,9 @@ def cells_of(options: argparse.Namespace) -> Asked:
         given = {name: getattr(options, name) for name in ("steps", "batch", "sampler", "guidance")}
         cell = Cell(options.model, width, height, dtype, whole=not options.step and options.model != "sdxl")
         asked = [(replace(cell, **{k: v for k, v in given.items() if v is not None}), ("diffusers",))]
-    return asked if options.peers is None else [(cell, tuple(options.peers)) for cell, _ in asked]
+    if options.peers is None:
+        return asked
+    return [(cell, tuple(options.peers)) for cell in dict.fromkeys(cell for cell, _ in asked)]
 
 
 def main() -> int:

@@ -9,18 +9,17 @@ from typing import Any
 COLOURS = {"text": "#d9a441", "denoise": "#3b6ea5", "vae": "#6aa66a", "rest": "#9a9a9a"}
 
 
-def plot(rows: Sequence[Mapping[str, Any]], titles: Sequence[str], path: Path) -> None:
-    """rows: with `split`; titles: of their cells. A bar for each, cell by cell."""
+def plot(groups: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], path: Path) -> None:
+    """groups: a title, and rows with `split`, each with an arm of its own. A bar for each row."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
     matplotlib.rcParams["svg.hashsalt"] = "fastldm"  # the same rows, the same file
-    cells = list(dict.fromkeys(titles))
-    figure, axes = pyplot.subplots(len(cells), squeeze=False, figsize=(9, 0.7 + 0.9 * len(cells) + 0.35 * len(rows)))
-    for title, axis in zip(cells, axes[:, 0], strict=True):
-        found = [row for row, its in zip(rows, titles, strict=True) if its == title]
+    bars = sum(len(rows) for _, rows in groups)
+    figure, axes = pyplot.subplots(len(groups), squeeze=False, figsize=(9, 0.7 + 0.9 * len(groups) + 0.35 * bars))
+    for (title, found), axis in zip(groups, axes[:, 0], strict=True):
         left = [0.0] * len(found)
         for name, colour in COLOURS.items():
             width = [row["split"][name] for row in found]

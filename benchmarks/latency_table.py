@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,15 @@ def shown(row: Row) -> str:
         lines.append(f"    {', '.join(said)}")
     if row.get("merge"):
         lines.append(f"    {merged(row['merge'])}")
+    if "failed" in row:
+        lines.append(f"    then {row['failed']}")
     return "\n".join(lines)
 
 
 def without(row: Row) -> str | None:
     """Why there are no figures, if there are none."""
+    if "runs" in row:
+        return None
     words = {"absent": "not installed, ", "failed": "failed: ", "skipped": "left out: "}
     return next((f"{word}{row[key]}" for key, word in words.items() if key in row), None)
 
@@ -115,12 +120,17 @@ def page(path: Path, rows: Sequence[Path]) -> None:
         raise ValueError(f"{path}: there is no {begin.strip()!r} with {end!r} behind it")
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in rows]
     parts = [part for run in runs for part in section(run)]
-    split = [row for run in runs for row in run["rows"] if "split" in row]
-    if split:
+    painted = [(name, [row for row in rows if "split" in row]) for run in runs for name, rows in groups(run["rows"])]
+    if painted := [(name, rows) for name, rows in painted if rows]:
         picture = path.parent / path.stem / "latency.svg"
-        plot(split, [title(row["cell"]) for row in split], picture)
+        plot(painted, picture)
         parts.append(f"![Where the time of an image goes]({path.stem}/{picture.name})")
     path.write_text(f"{before}{begin}\n" + "\n\n".join(parts) + f"\n\n{end}{after}", encoding="utf-8")
+
+
+def groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Those that were measured together, with the cell's title. A cell may be there twice, beside other peers."""
+    return [(name, list(found)) for name, found in groupby(rows, key=lambda row: title(row["cell"]))]
 
 
 def section(result: Row) -> list[str]:
@@ -129,10 +139,7 @@ def section(result: Row) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
     features = f", {', '.join(here['features'])}" if here["features"] else ""
     parts = [f"{here['device']}{features}, {here['threads']} threads; {versions}; commit {here['commit']}."]
-    cells: dict[str, list[Row]] = {}
-    for row in result["rows"]:
-        cells.setdefault(title(row["cell"]), []).append(row)
-    for name, rows in cells.items():
+    for name, rows in groups(result["rows"]):
         found, others = [row for row in rows if "runs" in row], [row for row in rows if "runs" not in row]
         parts.append(f"**{name}**")
         if found and "split" in found[0]:
@@ -140,6 +147,7 @@ def section(result: Row) -> list[str]:
         elif found:
             parts.append(table(STEP, map(step_cells, found)))
         parts += [f"{merged(row['merge'])}.".capitalize() for row in found if row.get("merge")]
+        parts += [f"{row['arm']}: then {row['failed']}." for row in found if "failed" in row]
         parts += [f"{row.get('arm', 'all')}: {without(row)}." for row in others]
     return parts
 

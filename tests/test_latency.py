@@ -137,6 +137,29 @@ def test_peers_are_measured_where_fastldm_fails_and_the_command_says_so(
     assert "Traceback" in said.err
 
 
+def test_what_fails_after_the_measurement_hides_nothing(tiny: None) -> None:
+    (row,) = measured(STEP)
+    said = latency_table.shown({**row, "failed": "RuntimeError: late"})
+    assert said.startswith(latency_table.shown(row))
+    assert said.endswith("then RuntimeError: late")
+
+
+def test_a_cell_that_was_measured_twice_stays_two(tiny: None) -> None:
+    once, again = measured(STEP), measured(STEP)
+    other = [{**row, "cell": {**row["cell"], "batch": 2}} for row in once]
+    assert [len(rows) for _, rows in latency_table.groups([*once, *other, *again])] == [1, 1, 1]
+
+
+def test_a_lost_gpu_ends_the_measuring(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(job: steps.Job) -> steps.Step:
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    monkeypatch.setattr(steps, "ARMS", {**steps.ARMS, "fastldm": broken})
+    rows = list(latency.measured([(STEP, ()), (STEP, ())], HOW, 60, Path("unused")))
+    assert ["failed" in row for row in rows] == [True, False]
+    assert rows[1]["skipped"] == "the GPU had failed"
+
+
 def test_a_cold_start_is_a_process_of_its_own() -> None:
     start = time.perf_counter()
     cold = latency._cold("fastldm", ORDER, 1)
