@@ -3,7 +3,7 @@
     python examples/shapes/evaluate.py MODEL [--captions 500] [--steps 20] [--guidance 7.5] [--sampler dpmpp_2m]
         [--seed 0] [--batch 8] [--sheet out.png] [--json out.json] [--page page.md]
     python examples/shapes/evaluate.py guidance MODEL ...     the same at guidance 1, 3, 5, 7.5 and 15
-    python examples/shapes/evaluate.py samplers MODEL ...     distances of latents to a 500-step solution
+    python examples/shapes/evaluate.py samplers MODEL ...     distances of latents to a 500-step solution, at 1 and 7.5
 
 MODEL is a folder in diffusers' layout, or whatever else fastldm reads. Image i starts from the noise of seed + i.
 """
@@ -39,7 +39,7 @@ SCENES_SEED, REFERENCE_SEED = 3_000_000, 4_000_000
 CAPTIONS: Mapping[str, int] = {"report": 500, "guidance": 100, "samplers": 16}
 GUIDANCE = (1.0, 3.0, 5.0, 7.5, 15.0)
 SAMPLERS = ("ddim", "euler", "heun", "plms", "dpmpp_2m", "dpmpp_3m", "unipc", "deis")
-SAMPLER_STEPS = (5, 10, 20, 50)
+SAMPLER_STEPS, SAMPLER_GUIDANCE = (5, 10, 20, 50), (1.0, 7.5)
 TRUTH, TRUTH_STEPS = "dpmpp_2m", 500
 SHEET, SHEET_COLUMNS = 32, 8  # pictures in a sheet
 
@@ -241,22 +241,35 @@ def guidance(pipe: Any, asked: Sequence[Case], how: Settings) -> tuple[dict[str,
 
 
 def samplers(pipe: Any, asked: Sequence[Case], how: Settings) -> tuple[dict[str, Any], str, list[Cell]]:
+    """A table of `distances` for each of `SAMPLER_GUIDANCE`, the nearest at 20 steps first."""
+    figures: dict[str, Any] = {}
+    tables = []
+    for scale in SAMPLER_GUIDANCE:
+        found = distances(pipe, [case.caption for case in asked], replace(how, guidance=scale))
+        ranked = sorted(found, key=lambda name: found[name][20])
+        rows = [[name, *(f"{found[name][steps]:.4f}" for steps in SAMPLER_STEPS)] for name in ranked]
+        tables.append(markdown([f"guidance {scale:g}", *(f"{steps} steps" for steps in SAMPLER_STEPS)], rows))
+        figures[f"{scale:g}"] = found
+    return (
+        {"guidance": SAMPLER_GUIDANCE, "truth": f"{TRUTH}, {TRUTH_STEPS} steps", "distances": figures},
+        "\n".join(tables),
+        [],
+    )
+
+
+def distances(pipe: Any, captions: Sequence[str], how: Settings) -> dict[str, dict[int, float]]:
     """|x − x*| / |x*| of the latents, x* the solution in 500 steps, mean over the captions. All begin at t = T."""
 
     def solved(name: str, steps: int) -> Tensor:
         latents = paint(pipe, captions, replace(how, steps=steps), scheduler=whole(name, pipe.scheduler), latents=True)
         return latents.double().flatten(1)
 
-    captions = [case.caption for case in asked]
     truth = solved(TRUTH, TRUTH_STEPS)
-    distances: dict[str, dict[int, float]] = {}
+    found: dict[str, dict[int, float]] = {}
     for name in SAMPLERS:
         errors = {steps: (solved(name, steps) - truth).norm(dim=1) / truth.norm(dim=1) for steps in SAMPLER_STEPS}
-        distances[name] = {steps: float(error.mean()) for steps, error in errors.items()}
-    ranked = sorted(distances, key=lambda name: distances[name][20])
-    rows = [[name, *(f"{distances[name][steps]:.4f}" for steps in SAMPLER_STEPS)] for name in ranked]
-    table = markdown(["sampler", *(f"{steps} steps" for steps in SAMPLER_STEPS)], rows)
-    return {"truth": f"{TRUTH}, {TRUTH_STEPS} steps", "distances": distances}, table, []
+        found[name] = {steps: float(error.mean()) for steps, error in errors.items()}
+    return found
 
 
 def whole(name: str, base: SchedulerConfig) -> SchedulerConfig:
@@ -280,7 +293,10 @@ class Cell(NamedTuple):
 
 def sheet(cells: Sequence[Cell], columns: int) -> PIL.Image.Image:
     """Pictures with their captions below; what the judge found wrong in red, and a frame around it."""
-    side, line, lines = cells[0].image.shape[0], 11, 7
+    said = [[(text, "black") for text in textwrap.wrap(cell.text, 24)] for cell in cells]
+    for texts, cell in zip(said, cells, strict=True):
+        texts += [(text, "red") for check in cell.verdict.wrong for text in textwrap.wrap(complaint(check), 24)]
+    side, line, lines = cells[0].image.shape[0], 11, max(map(len, said))
     width, height = max(side, 128) + 12, side + 12 + lines * line
     rows = -(-len(cells) // columns)
     page = PIL.Image.new("RGB", (columns * width, rows * height), "white")
@@ -290,9 +306,7 @@ def sheet(cells: Sequence[Cell], columns: int) -> PIL.Image.Image:
         if not cell.verdict.right:
             draw.rectangle((x - 3, y - 3, x + side + 2, y + side + 2), outline="red", width=2)
         page.paste(PIL.Image.fromarray(cell.image), (x, y))
-        said = [(text, "black") for text in textwrap.wrap(cell.text, 24)]
-        said += [(text, "red") for text in map(complaint, cell.verdict.wrong)]
-        for number, (text, colour) in enumerate(said[:lines]):
+        for number, (text, colour) in enumerate(said[i]):
             draw.text((x, y + side + 3 + number * line), text, fill=colour, font_size=10)
     return page
 

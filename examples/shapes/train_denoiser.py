@@ -1,11 +1,12 @@
 """Stage 2: the U-Net and the text encoder of a small Stable Diffusion, trained together on the latents of stage 1.
 
-    python examples/shapes/train_denoiser.py FOLDER [--steps N] [--singles N] [--batch N] [--scenes N] [--seed N]
+    python examples/shapes/train_denoiser.py FOLDER [--steps N] [--reading N] [--singles N] [--batch N] [--scenes N]
 
 FOLDER is that of `train_autoencoder.py`. The scenes are drawn and encoded once, into FOLDER/latents.npy; their captions
-are worded anew each time they are seen. The first steps see single shapes only. Stopped, by SIGINT or SIGTERM, it saves
-its state and continues from there when it is started again; `--start MODEL` begins with the weights of a written model
-instead. However a run ends, FOLDER/model holds the averaged weights as a whole pipeline; `--steps 0` does only that.
+are worded anew each time they are seen. In the first steps the text encoder learns to read (`reading.py`), the next see
+single shapes only. Stopped, by SIGINT or SIGTERM, it saves its state and continues from there when it is started again;
+`--start MODEL` begins with the weights of a written model instead, and without these two phases. However a run ends,
+FOLDER/model holds the averaged weights as a whole pipeline; `--steps 0` does only that.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from looking import Looker
 from numpy.typing import NDArray
+from reading import Reader, answers
 from scenes import Scene, caption, random_scene, render
 from torch import Tensor, nn
 from training import Ema, Log, learning_rate, run, set_rate, write_whole
@@ -78,7 +81,10 @@ DROPOUT = 0.1  # of the captions, so that there is something to guide away from
 # contradicts what is already to be seen, the denoiser then follows what is to be seen, so that guidance of 7.5 does not
 # go too far in every step: with 500 steps of it at a falling rate 23 of 24 single shapes had the right colour, not 17.
 MISMATCHED = 0.2
+MISMATCHED_STEPS = 0.2  # of the steps
 DECAY = 0.9995
+WEIGHTS: Mapping[str, float] = {"loss": 1.0, "reading": 0.05, "looking": 0.2}  # reading.py, looking.py
+READ = ("relation", "relation", "relation", "relation", "pair", "pair", "single", "triple")
 MIXTURE = ("single", "relation", "pair", "relation", "single", "relation", "pair", "triple")
 HELD_OUT_SEED, HELD_OUT_COUNT = 2_000_000, 256
 ENCODED_AT_ONCE = 32
@@ -200,21 +206,26 @@ class Trainer:
         tokenizer: Any,
         *,
         steps: int,
+        reading: int,
         singles: int,
         batch: int,
         seed: int,
     ) -> None:
         self.scenes, self.latents, self.tokenizer = scenes, latents, tokenizer
-        self.steps, self.singles, self.batch, self.seed = steps, singles, batch, seed
+        self.steps, self.reading, self.singles, self.batch, self.seed = steps, reading, singles, batch, seed
         self.alone = np.array([i for i, scene in enumerate(scenes) if len(scene.items) == 1])
+        # Relations count twice: they are the hardest.
+        self.every = np.array([i for i, scene in enumerate(scenes) for _ in range(2 if scene.relation else 1)])
         self.alphas = DDPMScheduler(**SCHEDULE).alphas_cumprod
         vocab, side = tokenizer.get_vocab(), latents.shape[-1]
         torch.manual_seed(seed)
         self.models = new_models(vocab, side)
         self.ema = Ema(new_models(vocab, side), self.models, DECAY)
         self.models["unet"].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.reader, self.looker = Reader(WIDTH), Looker(self.models["unet"])
+        self.trained = nn.ModuleList([self.models, self.reader, self.looker])
         self.optimizer = torch.optim.AdamW(
-            self.models.parameters(), PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+            self.trained.parameters(), PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True
         )
 
     def start_from(self, model: Path) -> None:
@@ -224,61 +235,87 @@ class Trainer:
             part["text_encoder"].load_state_dict(pipe.text_encoder.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"parts": [part.state_dict() for part in (self.models, self.ema.model, self.optimizer)]}
+        return {"parts": [part.state_dict() for part in (self.trained, self.ema.model, self.optimizer)]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        parts: tuple[Any, ...] = (self.models, self.ema.model, self.optimizer)
+        parts: tuple[Any, ...] = (self.trained, self.ema.model, self.optimizer)
         for part, values in zip(parts, state["parts"], strict=True):
             part.load_state_dict(values)
 
     def step(self, number: int) -> dict[str, float]:
-        set_rate(self.optimizer, learning_rate(number, self.steps, peak=PEAK_RATE, warmup=WARMUP))
+        reads = number < self.reading
+        done, steps = (number, self.reading) if reads else (number - self.reading, self.steps - self.reading)
+        set_rate(self.optimizer, learning_rate(done, steps, peak=PEAK_RATE, warmup=WARMUP))
         rng = np.random.default_rng((self.seed, 1, number))
-        pool = self.alone if number < self.singles else np.arange(len(self.scenes))
-        chosen, others = rng.choice(pool, (2, self.batch))
-        told = np.where(rng.random(self.batch) < MISMATCHED, others, chosen)
-        captions = ["" if rng.random() < DROPOUT else caption(self.scenes[i], rng) for i in told]
-        x0 = torch.from_numpy(self.latents[chosen]).float()
-        loss = self.loss(self.models, x0, captions, torch.Generator().manual_seed(self.seed * 1_000_003 + number))
+        losses = self.read(rng) if reads else self.paint(number, rng)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.models.parameters(), 1.0)
+        torch.stack([WEIGHTS[name] * loss for name, loss in losses.items()]).sum().backward()
+        nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
         self.optimizer.step()
         self.ema.update(number)
-        return {"loss": loss.item()}
+        return {name: loss.item() for name, loss in losses.items()}
 
-    def loss(self, models: nn.ModuleDict, x0: Tensor, captions: Sequence[str], generator: torch.Generator) -> Tensor:
+    def read(self, rng: np.random.Generator) -> dict[str, Tensor]:
+        """With scenes of its own: nobody has to encode them."""
+        scenes = [random_scene(rng, str(kind)) for kind in rng.choice(READ, self.batch)]
+        captions = [caption(scene, rng) for scene in scenes]
+        states = self.states(self.models, captions)
+        return {"reading": self.reader(states, [answers(*pair) for pair in zip(scenes, captions, strict=True)])}
+
+    def paint(self, number: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        pool = self.alone if number < self.reading + self.singles else self.every
+        chosen, others = rng.choice(pool, (2, self.batch))
+        late = number >= self.steps * (1 - MISMATCHED_STEPS)
+        told = np.where(late & (rng.random(self.batch) < MISMATCHED), others, chosen)
+        captions = ["" if rng.random() < DROPOUT else caption(self.scenes[i], rng) for i in told]
+        known = [answers(self.scenes[i], text) for i, text in zip(told, captions, strict=True)]
+        x0, states = torch.from_numpy(self.latents[chosen]).float(), self.states(self.models, captions)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        loss = self.loss(self.models, x0, states, generator)
+        matches = torch.from_numpy(told == chosen) & torch.tensor([text != "" for text in captions])
+        return {
+            "loss": loss,
+            "reading": self.reader(states, known),
+            "looking": self.looker([self.scenes[i] for i in chosen], matches),
+        }
+
+    def loss(self, models: nn.ModuleDict, x0: Tensor, states: Tensor, generator: torch.Generator) -> Tensor:
         """The mean square error of the predicted noise, of one timestep for each of `x0`, weighted."""
         timesteps = random_timesteps(len(x0), len(self.alphas), generator)
         noise = torch.randn(x0.shape, generator=generator)
         noise += OFFSET * torch.randn(*x0.shape[:2], 1, 1, generator=generator)
         alphas = self.alphas[timesteps]
         x = alphas.sqrt()[:, None, None, None] * x0 + (1 - alphas).sqrt()[:, None, None, None] * noise
-        states = models["text_encoder"](self.tokens(captions)).last_hidden_state
         error = (models["unet"](x, timesteps, states).sample - noise).square().mean((1, 2, 3))
         return (error * weight(alphas / (1 - alphas))).mean()
 
-    def tokens(self, captions: Sequence[str]) -> Tensor:
+    def states(self, models: nn.ModuleDict, captions: Sequence[str]) -> Tensor:
         found = self.tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
-        return found.input_ids
+        return models["text_encoder"](found.input_ids).last_hidden_state
 
     @torch.no_grad()
-    def held_out_loss(self, scenes: Sequence[Scene], x0: Tensor) -> float:
-        """Of the averaged weights, always with the same noise and wording."""
+    def held_out(self, scenes: Sequence[Scene], x0: Tensor) -> dict[str, float]:
+        """The losses of the averaged weights, always with the same noise and wording."""
         captions = [caption(scene, np.random.default_rng(i)) for i, scene in enumerate(scenes)]
-        return float(self.loss(self.ema.model, x0, captions, torch.Generator().manual_seed(HELD_OUT_SEED)))
+        states = self.states(self.ema.model, captions)
+        loss = self.loss(self.ema.model, x0, states, torch.Generator().manual_seed(HELD_OUT_SEED))
+        reading = self.reader(states, [answers(*pair) for pair in zip(scenes, captions, strict=True)])
+        return {"held_out_loss": round(loss.item(), 5), "held_out_reading": round(reading.item(), 4)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the U-Net and the text encoder.")
     parser.add_argument("folder", type=Path, help="with vae/; for the latents, the state, the log, and model/")
     parser.add_argument("--steps", type=int, default=20_000)
-    parser.add_argument("--singles", type=int, default=2500, help="how many of the steps see single shapes only")
+    parser.add_argument("--reading", type=int, default=1000, help="how many of the steps are the text encoder's alone")
+    parser.add_argument("--singles", type=int, default=2500, help="how many of the next ones see single shapes only")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--scenes", type=int, default=40_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, metavar="MODEL", help="begin with its weights, at step 0")
     options = parser.parse_args()
+    if options.start is not None:
+        options.reading = options.singles = 0
 
     log = Log(options.folder / "denoiser.jsonl")
     vae = AutoencoderKL.from_pretrained(options.folder / "vae").eval()
@@ -290,6 +327,7 @@ def main() -> None:
         cached_latents(options.folder, vae, scenes, log),
         tokenizer,
         steps=options.steps,
+        reading=options.reading,
         singles=options.singles,
         batch=options.batch,
         seed=options.seed,
@@ -305,9 +343,9 @@ def main() -> None:
     unseen = scenes_of(HELD_OUT_SEED, HELD_OUT_COUNT, held_out=True)
     x0 = encode(vae, unseen)
 
-    def save(done: int, seconds: float) -> dict[str, object]:
+    def save(done: int, seconds: float) -> Mapping[str, object]:
         write_whole(state_file, {**trainer.state_dict(), "step": done, "seconds": seconds})
-        return {"held_out_loss": round(trainer.held_out_loss(unseen, x0), 5)}
+        return trainer.held_out(unseen, x0)
 
     run(trainer.step, first=first, last=options.steps, batch=options.batch, seconds=seconds, log=log, save=save)
     write_model(options.folder / "model", vae, trainer.ema.model)

@@ -113,17 +113,17 @@ def run(
     training so far, `seconds` of earlier runs among them) -> what to log; called every few minutes and at the end.
     """
     began = logged = saved = time.monotonic()
-    sums: dict[str, float] = {}
+    losses: dict[str, list[float]] = {}
     count, done = 0, first
     with Stop() as stop:
         while done < last and not stop:
             for name, value in step(done).items():
-                sums[name] = sums.get(name, 0.0) + value
+                losses.setdefault(name, []).append(value)
             done, count, now = done + 1, count + 1, time.monotonic()
             if now - logged >= LOG_SECONDS or done == last or stop:
-                means = {name: round(value / count, 5) for name, value in sums.items()}
+                means = {name: round(sum(values) / len(values), 5) for name, values in losses.items()}
                 log(step=done, **means, samples_per_s=round(batch * count / (now - logged), 2))
-                sums, count, logged = {}, 0, now
+                losses, count, logged = {}, 0, now
             if now - saved >= SAVE_SECONDS or done == last or stop:
                 log(step=done, seconds=round(seconds + now - began), **save(done, seconds + now - began))
                 saved = time.monotonic()

@@ -160,13 +160,17 @@ def test_samplers_are_ranked_by_their_distance(model: Path, monkeypatch: pytest.
     monkeypatch.setattr(evaluate, "TRUTH_STEPS", 40)
     monkeypatch.setattr(evaluate, "SAMPLERS", ("ddim", "euler", "dpmpp_2m"))
     monkeypatch.setattr(evaluate, "SAMPLER_STEPS", (5, 20))
+    monkeypatch.setattr(evaluate, "SAMPLER_GUIDANCE", (1.0, 2.0))
     asked = [Case("single", case.scene, case.caption) for case in evaluate.cases(0, 1)]
-    figures, table, _ = evaluate.samplers(fastldm.Pipeline(model), asked, Settings(guidance=1.0))
-    distances = figures["distances"]
-    assert set(distances) == {"ddim", "euler", "dpmpp_2m"}
-    assert all(row[20] < row[5] < 1.5 for row in distances.values()), distances
-    ranked = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]]
-    assert ranked == sorted(distances, key=lambda name: distances[name][20])
+    figures, table, _ = evaluate.samplers(fastldm.Pipeline(model), asked, Settings())
+    assert list(figures["distances"]) == ["1", "2"]
+    assert figures["distances"]["1"] != figures["distances"]["2"]
+    for (scale, distances), lines in zip(figures["distances"].items(), table.split("\n\n"), strict=True):
+        assert set(distances) == {"ddim", "euler", "dpmpp_2m"}
+        assert all(row[20] < row[5] < 1.5 for row in distances.values()), distances
+        head, _, *ranked = (line.split(" | ")[0].removeprefix("| ") for line in lines.splitlines())
+        assert head == f"guidance {scale}"
+        assert ranked == sorted(distances, key=lambda name: distances[name][20])
 
 
 def test_every_sampler_of_the_table_begins_at_the_last_timestep(model: Path) -> None:
@@ -200,6 +204,21 @@ def test_a_right_picture_has_no_frame_and_no_complaint() -> None:
     assert red[:6, 140:].any(), "the frame"
     assert red[140:, 140:].any(), "the words"
     assert np.array_equal(np.asarray(page)[6:134, 6:134], image)
+
+
+def test_no_complaint_is_cut() -> None:
+    """The page is as high as the longest text asks for."""
+    image = np.full((128, 128, 3), 250, np.uint8)
+    text = "a small red circle left of a big blue star"
+    heights = []
+    for count in (1, 2):
+        verdict = judge.judge(text, image)
+        verdict = judge.Verdict(verdict.checks * count)
+        heights.append(np.asarray(evaluate.sheet([Cell(image, text, verdict)], 1)))
+    lines = len(verdict.wrong) // 2
+    assert heights[1].shape[0] - heights[0].shape[0] == 11 * lines > 0
+    last = heights[1][-17:-6].astype(int)
+    assert (last[..., 0] - last[..., 1:].max(-1) > 100).any(), "words in the last line"
 
 
 def test_features_are_those_of_one_network() -> None:

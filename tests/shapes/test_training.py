@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reading
 import torch
 import train_autoencoder
 import train_denoiser
@@ -47,12 +49,13 @@ def autoencoder(*, steps: int = 6, batch: int = 2) -> train_autoencoder.Trainer:
     return train_autoencoder.Trainer(steps=steps, batch=batch, side=SIDE, seed=0)
 
 
-def denoiser(tmp_path: Path, *, steps: int = 6, batch: int = 4) -> train_denoiser.Trainer:
+def denoiser(tmp_path: Path, *, steps: int = 6, reading: int = 0, batch: int = 4) -> train_denoiser.Trainer:
     vocabulary.write_tokenizer(tmp_path / "tokenizer")
     scenes = train_denoiser.scenes_of(0, 24)
     latents = np.random.default_rng(0).standard_normal((24, 4, 8, 8)).astype(np.float16)
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
-    return train_denoiser.Trainer(scenes, latents, tokenizer, steps=steps, singles=3, batch=batch, seed=0)
+    numbers = {"steps": steps, "reading": reading, "singles": 3, "batch": batch, "seed": 0}
+    return train_denoiser.Trainer(scenes, latents, tokenizer, **numbers)
 
 
 def tensors(state: Any) -> list[Tensor]:
@@ -65,7 +68,7 @@ def tensors(state: Any) -> list[Tensor]:
 @pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
 def test_a_stop_changes_nothing(stage: str, tmp_path: Path) -> None:
     """Six steps, and three that are saved, read into a new trainer, and followed by three more."""
-    new: Callable[[], Any] = autoencoder if stage == "autoencoder" else lambda: denoiser(tmp_path)
+    new: Callable[[], Any] = autoencoder if stage == "autoencoder" else lambda: denoiser(tmp_path, reading=2)
     through, before, after = new(), new(), new()
     losses = [through.step(i) for i in range(6)]
     first = [before.step(i) for i in range(3)]
@@ -103,12 +106,26 @@ def test_the_denoiser_learns(tmp_path: Path) -> None:
 
     @torch.no_grad()
     def loss() -> float:
-        return trainer.loss(trainer.models, x0, texts, torch.Generator().manual_seed(1)).item()
+        states = trainer.states(trainer.models, texts)
+        return trainer.loss(trainer.models, x0, states, torch.Generator().manual_seed(1)).item()
 
     before = loss()
     for i in range(30):
         trainer.step(i)
     assert loss() < 0.9 * before
+
+
+def test_the_text_encoder_learns_to_read_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_denoiser, "PEAK_RATE", 3e-3)
+    trainer = denoiser(tmp_path, steps=200, reading=40, batch=32)
+    before = {name: value.clone() for name, value in trainer.models["unet"].state_dict().items()}
+    losses = [trainer.step(i) for i in range(40)]
+    assert [set(step) for step in losses] == [{"reading"}] * 40
+    assert np.mean([x["reading"] for x in losses[-5:]]) < 0.85 * np.mean([x["reading"] for x in losses[:5]])
+    assert all(torch.equal(value, before[name]) for name, value in trainer.models["unet"].state_dict().items())
+    trainer.batch = 4
+    assert set(trainer.step(40)) == {"loss", "reading", "looking"}
+    assert any(not torch.equal(value, before[name]) for name, value in trainer.models["unet"].state_dict().items())
 
 
 def test_single_shapes_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +134,7 @@ def test_single_shapes_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     def note(scene: Any, rng: Any) -> str:
         seen[-1].append(len(scene.items))
-        return ""
+        return ""  # of which nothing is asked
 
     monkeypatch.setattr(train_denoiser, "caption", note)
     for i in range(6):
@@ -127,38 +144,77 @@ def test_single_shapes_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert max(count for counts in seen[3:] for count in counts) > 1
 
 
+def nothing(models: Any, *_: Any) -> Tensor:
+    """A loss without a U-Net."""
+    return sum(p.sum() for p in models.parameters()) * 0.0
+
+
 def test_some_captions_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = denoiser(tmp_path, batch=40)
     seen: list[str] = []
 
-    def loss(models: Any, x0: Tensor, captions: list[str], generator: Any) -> Tensor:
+    def states(models: Any, captions: list[str]) -> Tensor:
         seen.extend(captions)
-        return sum(p.sum() for p in models.parameters()) * 0.0
+        return torch.zeros(len(captions), 1, train_denoiser.WIDTH)
 
-    monkeypatch.setattr(trainer, "loss", loss)
+    monkeypatch.setattr(trainer, "states", states)
+    monkeypatch.setattr(trainer, "loss", nothing)
+    monkeypatch.setattr(trainer.looker, "forward", lambda scenes, asked: torch.zeros(()))
     for i in range(20):
         trainer.step(i)
     dropped = sum(text == "" for text in seen) / len(seen)
     assert abs(dropped - train_denoiser.DROPOUT) < 4 * (0.1 * 0.9 / len(seen)) ** 0.5
 
 
-def test_some_captions_are_those_of_other_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = denoiser(tmp_path, batch=40)
+def test_some_of_the_last_captions_are_those_of_other_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = denoiser(tmp_path, steps=140, batch=40)
     trainer.latents = np.broadcast_to(np.arange(24, dtype=np.float16)[:, None, None, None], (24, 4, 8, 8))
-    matches: list[bool] = []
+    texts: list[str] = []
+    matches: list[list[bool]] = []
+    asked: list[list[bool]] = []
 
-    def loss(models: Any, x0: Tensor, captions: list[str], generator: Any) -> Tensor:
+    def states(models: Any, captions: list[str]) -> Tensor:
+        texts[:] = captions
+        return torch.zeros(len(captions), 1, train_denoiser.WIDTH)
+
+    def loss(models: Any, x0: Tensor, states: Tensor, generator: Any) -> Tensor:
         drawn = [int(x[0, 0, 0]) for x in x0]
-        matches.extend(text == str(number) for text, number in zip(captions, drawn, strict=True) if text)
-        return sum(p.sum() for p in models.parameters()) * 0.0
+        matches.append([text == str(number) for text, number in zip(texts, drawn, strict=True) if text])
+        return nothing(models)
 
     numbers = {id(scene): str(i) for i, scene in enumerate(trainer.scenes)}
     monkeypatch.setattr(train_denoiser, "caption", lambda scene, rng: numbers[id(scene)])
+    monkeypatch.setattr(train_denoiser, "answers", lambda scene, text: [reading.NOT_ASKED] * len(reading.QUESTIONS))
+    monkeypatch.setattr(trainer, "states", states)
     monkeypatch.setattr(trainer, "loss", loss)
-    for i in range(3, 23):
+    monkeypatch.setattr(
+        trainer.looker, "forward", lambda scenes, found: asked.append(found.tolist()) or torch.zeros(())
+    )
+    late_at = round(140 * (1 - train_denoiser.MISMATCHED_STEPS))
+    for i in range(late_at - 10, 140):
         trainer.step(i)
+    assert all(itertools.chain.from_iterable(matches[:10]))
+    late = list(itertools.chain.from_iterable(matches[10:]))
     share = train_denoiser.MISMATCHED * 23 / 24  # a scene may be drawn for itself
-    assert abs(matches.count(False) / len(matches) - share) < 4 * (share * (1 - share) / len(matches)) ** 0.5
+    assert abs(late.count(False) / len(late) - share) < 4 * (share * (1 - share) / len(late)) ** 0.5
+    assert [flags.count(True) for flags in asked] == [flags.count(True) for flags in matches], (
+        "the others see no looker"
+    )
+
+
+def test_the_looker_asks_the_unet_that_learns(tmp_path: Path) -> None:
+    """Of features of a quarter and a half of the latents' sides; what it asks reaches what paints and what reads."""
+    trainer = denoiser(tmp_path)
+    scenes = trainer.scenes[:2]
+    states = trainer.states(trainer.models, ["a red circle", "a blue star"])
+    trainer.loss(trainer.models, torch.zeros(2, 4, 8, 8), states, torch.Generator().manual_seed(0))
+    assert [tuple(seen.shape[-2:]) for seen in trainer.looker.seen.values()] == [(2, 2), (4, 4)]
+    trainer.looker(scenes, torch.tensor([True, False])).backward()
+    unet, text = trainer.models["unet"], trainer.models["text_encoder"]
+    for weight in (unet.conv_in.weight, unet.mid_block.resnets[0].conv1.weight, next(text.parameters())):
+        assert weight.grad is not None
+        assert weight.grad.abs().max() > 0
+    assert unet.conv_out.weight.grad is None
 
 
 def test_timesteps_are_weighed_between_the_errors_of_noise_and_of_v(
@@ -166,13 +222,13 @@ def test_timesteps_are_weighed_between_the_errors_of_noise_and_of_v(
 ) -> None:
     trainer = denoiser(tmp_path)
     snr = trainer.alphas / (1 - trainer.alphas)
-    x0, texts = torch.from_numpy(trainer.latents[:1]).float(), ["a red circle"]
+    x0, states = torch.from_numpy(trainer.latents[:1]).float(), trainer.states(trainer.models, ["a red circle"])
     for seed in range(8):
         timestep = int(train_denoiser.random_timesteps(1, 1000, torch.Generator().manual_seed(seed)))
-        weighed = trainer.loss(trainer.models, x0, texts, torch.Generator().manual_seed(seed)).item()
+        weighed = trainer.loss(trainer.models, x0, states, torch.Generator().manual_seed(seed)).item()
         with monkeypatch.context() as patch:
             patch.setattr(train_denoiser, "weight", torch.ones_like)
-            plain = trainer.loss(trainer.models, x0, texts, torch.Generator().manual_seed(seed)).item()
+            plain = trainer.loss(trainer.models, x0, states, torch.Generator().manual_seed(seed)).item()
         here = snr[timestep].item()
         assert weighed / plain == pytest.approx((1 + 1 / here) ** 0.5 * min(1.0, 5.0 / here), rel=1e-4)
 
@@ -182,7 +238,8 @@ def test_a_part_of_the_noise_is_common_to_a_channel(tmp_path: Path) -> None:
     trainer, seen = denoiser(tmp_path), []
     unet = trainer.models["unet"]
     unet.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[:2]))
-    trainer.loss(trainer.models, torch.zeros(400, 4, 8, 8), ["a red circle"] * 400, torch.Generator().manual_seed(0))
+    states = trainer.states(trainer.models, ["a red circle"] * 400)
+    trainer.loss(trainer.models, torch.zeros(400, 4, 8, 8), states, torch.Generator().manual_seed(0))
     ((x, timesteps),) = seen
     noise = x / (1 - trainer.alphas[timesteps]).sqrt()[:, None, None, None]
     assert noise.mean((2, 3)).std().item() == pytest.approx((train_denoiser.OFFSET**2 + 1 / 64) ** 0.5, rel=0.06)
@@ -262,11 +319,13 @@ def test_both_stages_make_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "argv", ["", *common, "--side", "64", "--steps", "2"])
     train_autoencoder.main()
     assert AutoencoderKL.load_config(tmp_path / "vae")["scaling_factor"] == 0.18215
-    monkeypatch.setattr(sys, "argv", ["", *common, "--scenes", "40", "--steps", "2", "--singles", "1"])
+    monkeypatch.setattr(
+        sys, "argv", ["", *common, "--scenes", "40", "--steps", "3", "--reading", "1", "--singles", "1"]
+    )
     train_denoiser.main()
     log = (tmp_path / "denoiser.jsonl").read_text()
     assert '"encoded": 40' in log
-    assert "held_out_loss" in log
+    assert all(name in log for name in ('"loss"', '"reading"', '"looking"', "held_out_loss", "held_out_reading"))
     first = {p.relative_to(tmp_path): p.read_bytes() for p in (tmp_path / "model").rglob("*") if p.is_file()}
 
     theirs = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
@@ -289,6 +348,8 @@ def test_both_stages_make_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     train_denoiser.main()
     assert torch.load(tmp_path / "denoiser.pt", weights_only=True)["step"] == 1
+    lines = [json.loads(line) for line in (tmp_path / "denoiser.jsonl").read_text().splitlines()]
+    assert "loss" in [line for line in lines if "samples_per_s" in line][-1], "it painted at once"
 
 
 def test_the_latents_are_made_anew_for_another_autoencoder(tmp_path: Path) -> None:
