@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,7 @@ def test_no_complaint_is_cut() -> None:
         verdict = judge.judge(text, image)
         verdict = judge.Verdict(verdict.checks * count)
         heights.append(np.asarray(evaluate.sheet([Cell(image, text, verdict)], 1)))
-    lines = len(verdict.wrong) // 2
+    lines = sum(len(textwrap.wrap(evaluate.complaint(check), 24)) for check in verdict.wrong) // 2
     assert heights[1].shape[0] - heights[0].shape[0] == 11 * lines > 0
     last = heights[1][-17:-6].astype(int)
     assert (last[..., 0] - last[..., 1:].max(-1) > 100).any(), "words in the last line"
