@@ -39,7 +39,8 @@ SCENES_SEED, REFERENCE_SEED = 3_000_000, 4_000_000
 CAPTIONS: Mapping[str, int] = {"report": 500, "guidance": 100, "samplers": 8}
 GUIDANCE = (1.0, 3.0, 5.0, 7.5, 15.0)
 SAMPLERS = ("ddim", "euler", "heun", "plms", "dpmpp_2m", "dpmpp_3m", "unipc", "deis")
-SAMPLER_STEPS, SAMPLER_GUIDANCE = (5, 10, 20, 50), (1.0, 7.5)
+SAMPLER_STEPS = (5, 10, 20, 50)
+SAMPLER_GUIDANCE = (1.0, 7.5)
 TRUTH, TRUTH_STEPS = "dpmpp_2m", 500
 SHEET, SHEET_COLUMNS = 32, 8  # pictures in a sheet
 

@@ -1,9 +1,9 @@
 """What the U-Net is asked while it learns to paint: what lies nearest to each place of its coarse features.
 
 The text encoder may tell what is on the left, and the features where they are (linear probes found both), and still
-nothing joined the two in 900 steps: of a picture that is all noise, knowing it makes the prediction hardly better. What
-is nearest is the same in all of a half of such a picture. Asked for it, the U-Net learns it in some 600 steps, and with
-it where to paint.
+nothing joined the two in 1,000 steps: of a picture that is all noise, knowing it makes the prediction hardly better.
+What is nearest is the same in all of a half of such a picture. Asked for it, the U-Net learns it in some 600 steps, and
+with it where to paint.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class Looker(nn.Module):
 
     def forward(self, scenes: Sequence[Scene], asked: Tensor) -> Tensor:
         """The cross entropy in nats, mean over those scenes of the U-Net's last batch that are asked. (N,) bool"""
+        if not asked.any():
+            return torch.zeros(())
         losses = []
         for i, guess in enumerate(self.guesses):
             seen = self.seen[i]
@@ -55,4 +57,4 @@ class Looker(nn.Module):
                 nn.functional.cross_entropy(guessed.flatten(0, 2), right[..., k].flatten())
                 for k, guessed in enumerate(guesses)
             ]
-        return torch.stack(losses).mean() if asked.any() else torch.zeros(())
+        return torch.stack(losses).mean()

@@ -1,6 +1,6 @@
 """What the text encoder learns before it helps to paint: from a caption, what is named when and what lies where.
 
-Denoising alone did not teach it relations in 500,000 pictures. Which colour is on the left depends on the order of the
+Denoising alone did not teach it relations in 476,000 pictures. Which colour is on the left depends on the order of the
 names together with the word between them; either alone says nothing, so there is nothing to improve in small steps.
 Nor did it learn from the answer alone (which colour is left, right, above ...) in 70,000 captions. Asked for the parts
 of the answer as well, it knows the colours after 30,000; the shapes take longer.
